@@ -1,0 +1,66 @@
+"""The extension table and the three build switches; all other metadata is in pyproject.toml.
+
+DISTGRAD_DEBUG=1    bounds checks, invariants and live-object books, -O0 -g
+DISTGRAD_PROFILE=1  frame pointers and symbols, for perf and py-spy --native
+DISTGRAD_TRACE=1    Cython line tracing, for line profiles and coverage
+"""
+
+import os
+
+import numpy
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+MODULES = {
+    "distgrad._core": "src/distgrad/_core.pyx",
+    "distgrad._codec": "src/distgrad/_codec.pyx",
+    "distgrad.transport._pool": "src/distgrad/transport/_pool.pyx",
+    "distgrad.transport._stream": "src/distgrad/transport/_stream.pyx",
+    "distgrad.rpc._leader": "src/distgrad/rpc/_leader.pyx",
+}
+
+
+def switched_on(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")
+
+
+DEBUG, PROFILE, TRACE = map(
+    switched_on, ("DISTGRAD_DEBUG", "DISTGRAD_PROFILE", "DISTGRAD_TRACE")
+)
+
+directives = {
+    "language_level": 3,
+    "embedsignature": True,
+    "binding": True,
+    "boundscheck": DEBUG,
+    "wraparound": DEBUG,
+    "initializedcheck": DEBUG,
+    "cdivision": True,
+    "linetrace": TRACE,
+}
+macros = [
+    ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
+    ("DISTGRAD_DEBUG", str(int(DEBUG))),
+]
+if TRACE:
+    macros += [("CYTHON_TRACE_NOGIL", "1"), ("CYTHON_USE_SYS_MONITORING", "0")]
+flags = ["-O0", "-g"] if DEBUG else ["-O3"]
+if PROFILE:
+    flags += ["-g", "-fno-omit-frame-pointer"]
+
+setup(
+    ext_modules=cythonize(
+        [
+            Extension(
+                name,
+                [path],
+                include_dirs=[numpy.get_include(), "src/distgrad"],
+                define_macros=macros,
+                extra_compile_args=flags,
+            )
+            for name, path in MODULES.items()
+        ],
+        compiler_directives=directives,
+        build_dir="build",
+    )
+)

@@ -1,0 +1,80 @@
+"""The settings of distgrad: one dataclass, one environment variable a field.
+
+``config`` is read when it is used, so a change takes effect at once. An environment
+variable ``DISTGRAD_<FIELD>`` overrides the default of each field at import.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from typing import Any
+
+__all__ = ["Config", "config"]
+
+
+@dataclass
+class Config:
+    """Limits, times and switches.
+
+    Times are in seconds unless the name says otherwise; sizes in bytes.
+    """
+
+    #: How long a waiting thread polls before it blocks (µs). 0 switches spinning off.
+    spin_us: float = 50.0
+    #: How long an idle thread lets the poll role lie free before it takes over (µs).
+    grace_us: float = 200.0
+    #: Default deadline of a call.
+    rpc_timeout: float = 60.0
+    #: How long a worker waits at start for the rest of the world.
+    rendezvous_timeout: float = 60.0
+    #: How long a connection may take to prove who it is.
+    handshake_timeout: float = 5.0
+    #: Connections that may be unauthenticated at one time, a listener.
+    max_half_open: int = 64
+    #: Deepest nesting of values in a message.
+    max_depth: int = 64
+    #: Largest message without its arrays.
+    max_meta_bytes: int = 16 * 2**20
+    #: Largest sum of the arrays of one message.
+    max_payload_bytes: int = 8 * 2**30
+    #: Most elements of one container in a message.
+    max_items: int = 1_000_000
+    #: Most out-of-band arrays in one message.
+    max_buffers: int = 1024
+    #: Arrays up to this size travel inside the message's metadata.
+    inline_array_bytes: int = 2048
+    #: Idle receive buffers that are kept warm.
+    pool_bytes: int = 256 * 2**20
+    #: How deep calls nested in one chain may run on the stack of the waiting thread.
+    inline_depth: int = 16
+    #: Most serving threads of a worker.
+    max_serving_threads: int = 1024
+    #: How long a released context's id is remembered.
+    tombstone_s: float = 600.0
+    #: Record the forward call site with every send, and show it in errors.
+    trace_graph: bool = False
+
+
+def _parse(kind: str, text: str) -> Any:
+    if kind == "bool":
+        return text.strip().lower() not in ("", "0", "false", "no", "off")
+    return {"int": int, "float": float, "str": str}[kind](text)
+
+
+def _from_environment() -> Config:
+    settings = Config()
+    for field in fields(Config):
+        variable = f"DISTGRAD_{field.name.upper()}"
+        if variable in os.environ:
+            try:
+                setattr(settings, field.name, _parse(str(field.type), os.environ[variable]))
+            except ValueError:
+                raise ValueError(
+                    f"cannot read {variable}={os.environ[variable]!r}: expected {field.type}"
+                ) from None
+    return settings
+
+
+#: The settings of this process.
+config = _from_environment()
