@@ -1,0 +1,141 @@
+"""Warm, aligned receive buffers; ``_pool.pxd`` is the map.
+
+P1  A block is in exactly one place: one live slab, or one free list.
+P2  ``idle`` never exceeds ``config.pool_bytes`` after a slab was freed.
+P3  The fields of a pool change only under the GIL, or its critical section where
+    there is none; nothing in such a section calls Python.
+"""
+
+from cpython.buffer cimport PyBuffer_FillInfo
+from libc.stdlib cimport free
+
+from distgrad.config import config
+
+cimport cython
+
+cdef extern from "stdlib.h" nogil:
+    int posix_memalign(void **out, size_t alignment, size_t size)
+
+cdef enum:
+    ALIGNMENT = 64
+    PAGE = 4096
+
+
+cdef inline int class_of(Py_ssize_t nbytes) noexcept nogil:
+    cdef int size_class = 0
+    while size_class < CLASSES and (<Py_ssize_t>1 << (SMALLEST_CLASS + size_class)) < nbytes:
+        size_class += 1
+    return size_class
+
+
+cdef inline Py_ssize_t class_bytes(int size_class) noexcept nogil:
+    return <Py_ssize_t>1 << (SMALLEST_CLASS + size_class)
+
+
+@cython.final
+cdef class SlabPool:
+    """A cache of memory for received payloads.
+
+    `take` is safe in any thread. At most ``config.pool_bytes`` stay idle; beyond that
+    the blocks of the sizes that were not asked for the longest go back to the system.
+    """
+
+    cpdef Slab take(self, Py_ssize_t nbytes):
+        """Lend a slab of ``nbytes`` bytes, 64-byte aligned; its content is arbitrary.
+
+        The memory comes back when the slab and every buffer on it are freed.
+        """
+        if nbytes < 0 or nbytes > class_bytes(CLASSES - 1):
+            raise ValueError(f"cannot take a slab of {nbytes} bytes: out of range")
+        cdef int size_class = class_of(nbytes)
+        cdef Block *block
+        cdef void *fresh = NULL
+        with cython.critical_section(self):
+            self.clock += 1
+            self.used[size_class] = self.clock
+            block = self.free[size_class]
+            if block != NULL:
+                self.free[size_class] = block.next
+                self.idle -= class_bytes(size_class)
+            self.lent += class_bytes(size_class)
+        if block == NULL:
+            if posix_memalign(
+                &fresh, PAGE if size_class else ALIGNMENT, class_bytes(size_class)
+            ):
+                self.lent -= class_bytes(size_class)
+                raise MemoryError(f"cannot take a slab of {nbytes} bytes: out of memory")
+            block = <Block*>fresh
+        cdef Slab slab = Slab.__new__(Slab)
+        slab.pool = self
+        slab.data = <char*>block
+        slab.nbytes = nbytes
+        slab.size_class = size_class
+        return slab
+
+    cdef void _give_back(self, char *data, int size_class) noexcept:
+        cdef Block *block = <Block*>data
+        cdef Py_ssize_t limit = 0
+        try:
+            limit = config.pool_bytes
+        except Exception:      # a broken setting: keep nothing
+            limit = 0
+        with cython.critical_section(self):
+            block.next = self.free[size_class]
+            self.free[size_class] = block
+            self.idle += class_bytes(size_class)
+            self.lent -= class_bytes(size_class)
+            self._evict(limit)
+
+    cdef void _evict(self, Py_ssize_t limit) noexcept:
+        cdef int oldest, i
+        cdef Block *block
+        while self.idle > limit:
+            oldest = -1
+            for i in range(CLASSES):
+                if self.free[i] != NULL and (oldest < 0 or self.used[i] < self.used[oldest]):
+                    oldest = i
+            block = self.free[oldest]
+            self.free[oldest] = block.next
+            self.idle -= class_bytes(oldest)
+            free(block)
+
+    def __dealloc__(self):
+        self._evict(0)
+
+    @property
+    def idle_bytes(self):
+        """Bytes that are kept warm and lent to nobody."""
+        return self.idle
+
+    @property
+    def lent_bytes(self):
+        """Bytes of the slabs that are alive, by size class."""
+        return self.lent
+
+
+@cython.final
+@cython.no_gc     # no cycle can pass through it, and __dealloc__ needs `pool`
+cdef class Slab:
+    """Writable, aligned memory lent by a `SlabPool`; exports the buffer protocol."""
+
+    def __init__(self):
+        raise TypeError("cannot make a Slab: take it from a SlabPool")
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, self.data, self.nbytes, 0, flags)
+
+    def __len__(self):
+        return self.nbytes
+
+    def __dealloc__(self):
+        if self.data != NULL:
+            self.pool._give_back(self.data, self.size_class)
+
+
+# Memory is a property of the process, not of a worker: all its workers share one pool.
+shared = SlabPool()
+
+
+def shared_pool():
+    """Return the pool that the transports of this process use."""
+    return shared
