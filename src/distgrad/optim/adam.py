@@ -1,0 +1,140 @@
+"""Adam and AdamW."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Any
+
+import numpy as np
+
+from distgrad.optim.optimizer import Array, Optimizer, Parameters, as_real, check_at_least
+
+__all__ = ["Adam", "AdamW"]
+
+
+class Adam(Optimizer):
+    """Adam (Kingma and Ba, 2015), with AMSGrad (Reddi et al., 2018) on request.
+
+    With gradient ``g``, parameter ``p`` and step number ``t``, a step is::
+
+        g <- g + weight_decay * p
+        m <- beta1 * m + (1 - beta1) * g
+        s <- beta2 * s + (1 - beta2) * g**2
+        p <- p - lr * (m / (1 - beta1**t)) / (sqrt(s / (1 - beta2**t)) + eps)
+
+    AMSGrad puts the largest ``s`` so far in place of ``s``. The two parts of complex
+    parameters are treated as two real ones.
+
+    Parameters
+    ----------
+    params
+        The parameters or parameter groups.
+    lr
+        The learning rate.
+    betas
+        How much the means of the gradient and of its square keep.
+    eps
+        Keeps the divisor away from zero.
+    weight_decay
+        Strength of the L2 penalty.
+    amsgrad
+        Let step sizes never grow again.
+    maximize
+        Ascend instead.
+    """
+
+    #: Decay the weights themselves instead of adding a penalty to the gradient.
+    decoupled = False
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        check_at_least(0, lr=lr, eps=eps, weight_decay=weight_decay)
+        for beta in betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"cannot use betas={betas!r}: each must be in [0, 1)")
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": tuple(betas),
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "amsgrad": amsgrad,
+                "maximize": maximize,
+            },
+        )
+
+    def _update(
+        self, data: Array, gradient: Array, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        data, gradient = as_real(data), as_real(gradient)
+        gradient = -gradient if group["maximize"] else gradient
+        if group["weight_decay"]:
+            if self.decoupled:
+                data *= 1 - group["lr"] * group["weight_decay"]
+            else:
+                gradient = gradient + group["weight_decay"] * data
+        if not state:
+            state.update(_first_state(data, group["amsgrad"]))
+        _accumulate(state, gradient, group["betas"])
+        _descend(data, state, group)
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019).
+
+    The weights shrink by ``lr * weight_decay`` before each step, and the gradient stays
+    as it is. The parameters are those of `Adam`; ``weight_decay`` is 0.01 by default.
+    """
+
+    decoupled = True
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
+
+
+def _first_state(data: Array, amsgrad: bool) -> dict[str, Any]:
+    state = {"step": 0, "mean": np.zeros_like(data), "square": np.zeros_like(data)}
+    if amsgrad:
+        state["largest_square"] = np.zeros_like(data)
+    return state
+
+
+def _accumulate(state: dict[str, Any], gradient: Array, betas: tuple[float, float]) -> None:
+    state["step"] += 1
+    mean, square = state["mean"], state["square"]
+    mean *= betas[0]
+    mean += (1 - betas[0]) * gradient
+    square *= betas[1]
+    square += (1 - betas[1]) * gradient * gradient
+    if "largest_square" in state:
+        np.maximum(state["largest_square"], square, out=state["largest_square"])
+
+
+def _descend(data: Array, state: dict[str, Any], group: dict[str, Any]) -> None:
+    beta1, beta2 = group["betas"]
+    divisor = np.sqrt(state.get("largest_square", state["square"]))
+    divisor /= sqrt(1 - beta2 ** state["step"])
+    divisor += group["eps"]
+    np.divide(state["mean"], divisor, out=divisor)
+    divisor *= group["lr"] / (1 - beta1 ** state["step"])
+    data -= divisor

@@ -1,0 +1,248 @@
+"""The base of all optimizers: parameter groups, state, and steps in one or two phases.
+
+An optimizer is one kernel on plain arrays (`Optimizer._update`) and its settings. `step`
+runs the kernel on the parameters themselves. `prepare` runs it on copies, so that the
+outcome can still be given up; `PreparedStep.commit` cannot fail.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from distgrad._core import Tensor
+
+__all__ = ["Array", "Optimizer", "Parameters", "PreparedStep", "as_real", "check_at_least"]
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+Parameters: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
+
+
+class Optimizer(ABC):
+    """Updates parameters in place from their gradients.
+
+    Not safe for use by several threads at once.
+
+    Parameters
+    ----------
+    params
+        Tensors that require grad, or dicts with the tensors under ``"params"`` and
+        settings that differ from the defaults: one dict a parameter group.
+    defaults
+        The settings of groups that do not say otherwise.
+
+    Attributes
+    ----------
+    param_groups
+        One dict a group: ``"params"`` and the settings, which may be changed at any time.
+    state
+        Parameter to what its updates carry from step to step.
+
+    Raises
+    ------
+    TypeError
+        If something other than a tensor or a group is given.
+    ValueError
+        If there is no parameter, one is given twice, or one does not require grad.
+    """
+
+    def __init__(self, params: Parameters, defaults: dict[str, Any]) -> None:
+        self.defaults = defaults
+        self.param_groups: list[dict[str, Any]] = []
+        self.state: dict[Tensor, dict[str, Any]] = {}
+        for group in _as_groups(params):
+            self.add_param_group(group)
+
+    @abstractmethod
+    def _update(
+        self, data: Array, gradient: Array, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        """Update one parameter.
+
+        Parameters
+        ----------
+        data
+            The parameter's values, with at least one axis, to be written in place.
+        gradient
+            Of the same shape and dtype; read only.
+        state
+            Of this parameter, empty before the first step; to be brought up to date.
+        group
+            The settings.
+        """
+
+    def add_param_group(self, group: dict[str, Any]) -> None:
+        """Add parameters with settings of their own.
+
+        Parameters
+        ----------
+        group
+            The tensors under ``"params"``, and settings.
+        """
+        params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+        group = {**self.defaults, **group, "params": list(params)}
+        known = {id(param) for other in self.param_groups for param in other["params"]}
+        for param in group["params"]:
+            _check_parameter(param, known)
+        self.param_groups.append(group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget ``.grad`` of all parameters, or fill it with zeros."""
+        for param in self._parameters():
+            if set_to_none or param.grad is None:
+                param.grad = None
+            else:
+                param.grad.data[...] = 0
+
+    def step(self, gradients: Mapping[Tensor, Tensor] | None = None) -> None:
+        """Update every parameter that has a gradient.
+
+        Parameters
+        ----------
+        gradients
+            Parameter to gradient, as `distgrad.autograd.get_gradients` returns it; other
+            tensors in it are ignored. None takes ``.grad``.
+        """
+        for param, gradient, group in self._work(gradients):
+            data, state = param.data, self.state.setdefault(param, {})
+            self._update(np.atleast_1d(data), gradient, state, group)
+
+    def prepare(self, gradients: Mapping[Tensor, Tensor] | None = None) -> PreparedStep:
+        """Compute a step without applying it; everything that can fail fails here.
+
+        Parameters
+        ----------
+        gradients
+            As for `step`.
+
+        Returns
+        -------
+        PreparedStep
+            The new values. The parameters must not change before it is committed.
+        """
+        outcomes = []
+        for param, gradient, group in self._work(gradients):
+            data, state = param.data.copy(), deepcopy(self.state.get(param, {}))
+            self._update(np.atleast_1d(data), gradient, state, group)
+            outcomes.append((param, data, state))
+        return PreparedStep(self, outcomes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of the state, with parameters by their position.
+
+        Returns
+        -------
+        dict
+            ``"state"``: position to state; ``"param_groups"``: the groups, with positions
+            under ``"params"``.
+        """
+        positions = {id(param): i for i, param in enumerate(self._parameters())}
+        groups = [
+            {**group, "params": [positions[id(param)] for param in group["params"]]}
+            for group in self.param_groups
+        ]
+        state = {positions[id(param)]: deepcopy(kept) for param, kept in self.state.items()}
+        return {"state": dict(sorted(state.items())), "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over settings and state from `state_dict` of an optimizer like this one.
+
+        Raises
+        ------
+        ValueError
+            If the groups or their numbers of parameters differ.
+        """
+        groups = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if [len(group["params"]) for group in groups] != sizes:
+            raise ValueError(
+                "cannot load the state of an optimizer: its parameter groups differ from "
+                f"those here, which have {sizes} parameters"
+            )
+        params = list(self._parameters())
+        for own, loaded in zip(self.param_groups, groups, strict=True):
+            own.update({**deepcopy(loaded), "params": own["params"]})
+        self.state = {params[int(i)]: deepcopy(s) for i, s in state_dict["state"].items()}
+
+    def _parameters(self) -> Iterable[Tensor]:
+        return (param for group in self.param_groups for param in group["params"])
+
+    def _work(
+        self, gradients: Mapping[Tensor, Tensor] | None
+    ) -> Iterable[tuple[Tensor, Array, dict[str, Any]]]:
+        """Yield each parameter that has a gradient, with the gradient and the group."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                gradient = param.grad if gradients is None else gradients.get(param)
+                if gradient is not None:
+                    yield param, _checked(gradient, param), group
+
+    def __repr__(self) -> str:
+        lines = [
+            ", ".join(f"{key}={value!r}" for key, value in group.items() if key != "params")
+            + f", {len(group['params'])} parameters"
+            for group in self.param_groups
+        ]
+        return f"{type(self).__name__}({'; '.join(lines)})"
+
+
+@dataclass(slots=True)
+class PreparedStep:
+    """New values of parameters and their state, computed and not applied."""
+
+    optimizer: Optimizer
+    outcomes: list[tuple[Tensor, Array, dict[str, Any]]]
+
+    def commit(self) -> None:
+        """Write the new values into the parameters."""
+        for param, data, state in self.outcomes:
+            param.data[...] = data
+            self.optimizer.state[param] = state
+
+
+def as_real(array: Array) -> Array:
+    """Return a real view of a complex array, with a last axis for the two parts."""
+    return array[..., None].view(array.real.dtype) if np.iscomplexobj(array) else array
+
+
+def check_at_least(low: float, **settings: float) -> None:
+    """Raise ValueError for a setting below ``low``."""
+    for name, value in settings.items():
+        if not value >= low:
+            raise ValueError(f"cannot use {name}={value!r}: it must be at least {low:g}")
+
+
+def _as_groups(params: Parameters) -> list[dict[str, Any]]:
+    if isinstance(params, Tensor):
+        raise TypeError("cannot optimize one tensor by itself: pass a list of tensors")
+    entries = list(params)
+    if not entries:
+        raise ValueError("cannot make an optimizer: there are no parameters")
+    if isinstance(entries[0], dict):
+        return entries
+    return [{"params": entries}]
+
+
+def _check_parameter(param: Any, known: set[int]) -> None:
+    if not isinstance(param, Tensor):
+        raise TypeError(f"cannot optimize {type(param).__name__}: parameters are tensors")
+    if not (param.is_leaf and param.requires_grad):
+        raise ValueError("cannot optimize a tensor: it is no leaf that requires grad")
+    if id(param) in known:
+        raise ValueError("cannot optimize a tensor twice: it is in a parameter group already")
+    known.add(id(param))
+
+
+def _checked(gradient: Tensor, param: Tensor) -> Array:
+    array: Array = gradient.data if isinstance(gradient, Tensor) else np.asarray(gradient)
+    if array.shape != param.shape:
+        raise ValueError(
+            f"cannot update a parameter of shape {param.shape}: "
+            f"its gradient has shape {array.shape}"
+        )
+    return np.atleast_1d(array)

@@ -1,0 +1,152 @@
+"""Steps of the optimizers, against formulas written out for one number at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import sqrt
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distgrad._core import Tensor
+from distgrad.optim import SGD, Adam, AdamW, Optimizer
+
+STEPS = 7
+Rule = Callable[..., Iterator[float]]
+
+
+def sgd(
+    p: float,
+    gradients: list[float],
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+) -> Iterator[float]:
+    v = 0.0
+    for t, g in enumerate(gradients):
+        g = (-g if maximize else g) + weight_decay * p
+        v = g if t == 0 else momentum * v + (1 - dampening) * g
+        if momentum:
+            g = g + momentum * v if nesterov else v
+        p -= lr * g
+        yield p
+
+
+def adam(
+    p: float,
+    gradients: list[float],
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    amsgrad: bool = False,
+    maximize: bool = False,
+    decoupled: bool = False,
+) -> Iterator[float]:
+    m = s = largest = 0.0
+    for t, g in enumerate(gradients, start=1):
+        g = -g if maximize else g
+        if decoupled:
+            p -= lr * weight_decay * p
+        else:
+            g += weight_decay * p
+        m = betas[0] * m + (1 - betas[0]) * g
+        s = betas[1] * s + (1 - betas[1]) * g**2
+        largest = max(largest, s)
+        square = largest if amsgrad else s
+        p -= lr * m / (1 - betas[0] ** t) / (sqrt(square) / sqrt(1 - betas[1] ** t) + eps)
+        yield p
+
+
+def adamw(p: float, gradients: list[float], lr: float, **settings: Any) -> Iterator[float]:
+    return adam(p, gradients, lr, **{"weight_decay": 0.01, **settings}, decoupled=True)
+
+
+CASES: list[tuple[type[Optimizer], Rule, dict[str, Any]]] = [
+    (SGD, sgd, {"lr": 0.1}),
+    (SGD, sgd, {"lr": 0.1, "momentum": 0.9}),
+    (SGD, sgd, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.05}),
+    (SGD, sgd, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.05}),
+    (SGD, sgd, {"lr": 0.1, "weight_decay": 0.05, "maximize": True}),
+    (Adam, adam, {"lr": 0.05}),
+    (Adam, adam, {"lr": 0.05, "betas": (0.5, 0.8), "eps": 1e-3, "weight_decay": 0.1}),
+    (Adam, adam, {"lr": 0.05, "betas": (0.9, 0.5), "amsgrad": True}),
+    (Adam, adam, {"lr": 0.05, "maximize": True}),
+    (AdamW, adamw, {"lr": 0.05}),
+    (AdamW, adamw, {"lr": 0.05, "weight_decay": 0.3, "amsgrad": True}),
+]
+
+
+def name_of(value: Any) -> str:
+    if isinstance(value, dict):
+        return "-".join(f"{key}={setting}" for key, setting in value.items())
+    return str(getattr(value, "__name__", value))
+
+
+def random_case(shape: tuple[int, ...]) -> tuple[Tensor, list[np.ndarray]]:
+    random = np.random.default_rng(7)
+    param = Tensor(random.standard_normal(shape), requires_grad=True)
+    return param, [random.standard_normal(shape) for _ in range(STEPS)]
+
+
+@pytest.mark.parametrize(("cls", "rule", "settings"), CASES, ids=name_of)
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3)], ids=str)
+@pytest.mark.parametrize("phases", [1, 2])
+def test_step_follows_the_formula(
+    cls: type[Optimizer], rule: Rule, settings: dict[str, Any], shape: tuple[int, ...], phases: int
+) -> None:
+    param, gradients = random_case(shape)
+    memory = param.data
+    paths = [
+        list(rule(p, [g.reshape(-1)[i] for g in gradients], **settings))
+        for i, p in enumerate(param.data.reshape(-1).tolist())
+    ]
+    optimizer = cls([param], **settings)
+    for t, gradient in enumerate(gradients):
+        given = {param: Tensor(gradient.copy())}
+        if phases == 1:
+            optimizer.step(given)
+        else:
+            optimizer.prepare(given).commit()
+        expected = np.reshape([path[t] for path in paths], shape)
+        np.testing.assert_allclose(param.data, expected, rtol=1e-12, atol=1e-12)
+        np.testing.assert_array_equal(given[param].data, gradient)
+    assert np.shares_memory(param.data, memory)
+
+
+@pytest.mark.parametrize(("cls", "rule", "settings"), CASES, ids=name_of)
+def test_step_equals_torch(cls: type[Optimizer], rule: Rule, settings: dict[str, Any]) -> None:
+    torch = pytest.importorskip("torch", reason="compares with torch, which is not installed")
+    param, gradients = random_case((3, 4))
+    twin = torch.nn.Parameter(torch.from_numpy(param.data.copy()))
+    own, other = cls([param], **settings), getattr(torch.optim, cls.__name__)([twin], **settings)
+    for gradient in gradients:
+        twin.grad = torch.from_numpy(gradient)
+        own.step({param: Tensor(gradient)})
+        other.step()
+        np.testing.assert_allclose(param.data, twin.detach().numpy(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("cls", "rule", "settings"), CASES, ids=name_of)
+def test_step_complex_parameter_moves_as_two_real_ones(
+    cls: type[Optimizer], rule: Rule, settings: dict[str, Any]
+) -> None:
+    param, gradients = random_case((2, 6))
+    whole = Tensor(param.data.copy().view(np.complex128), requires_grad=True)
+    apart, together = cls([param], **settings), cls([whole], **settings)
+    for gradient in gradients:
+        apart.step({param: Tensor(gradient)})
+        together.step({whole: Tensor(gradient.view(np.complex128))})
+    np.testing.assert_allclose(whole.data.view(float), param.data, rtol=1e-12)
+
+
+def test_step_float32_keeps_its_dtype() -> None:
+    param = Tensor(np.ones(3, np.float32), requires_grad=True)
+    optimizer = Adam([param], lr=0.1)
+    optimizer.step({param: Tensor(np.ones(3, np.float32))})
+    assert param.data.dtype == np.float32
+    assert optimizer.state[param]["mean"].dtype == np.float32
