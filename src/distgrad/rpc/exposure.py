@@ -1,0 +1,194 @@
+"""What may be called from outside, and under which name.
+
+A function travels as ``module:qualname``. The receiver looks the name up in a table that
+was filled when functions were exposed: nothing is imported because a message says so.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from distgrad.errors import NotExposedError
+
+__all__ = ["Exposure", "expose", "name_of"]
+
+T = TypeVar("T")
+
+# Code that declared itself callable by `expose`: name -> function. A registry of code, like
+# sys.modules; what a single worker adds by its options stays in that worker's Exposure.
+_declared: dict[str, Callable[..., Any]] = {}
+_classes: dict[str, type] = {}
+_names: dict[Any, str] = {}
+
+
+def expose(target: T) -> T:
+    """Declare that other workers may call a function, or the public methods of a class.
+
+    Use as a decorator. A class may also be constructed remotely, and instances of exposed
+    dataclasses, named tuples and enums may be sent.
+
+    Raises
+    ------
+    TypeError
+        If the target is neither a function nor a class.
+    ValueError
+        If the target is a lambda or was defined inside a function: the other side could
+        not name it.
+    """
+    if not callable(target):
+        raise TypeError(f"cannot expose {target!r}: it is neither a function nor a class")
+    name = name_of(target)
+    if "<" in name:
+        raise ValueError(
+            f"cannot expose {name}: other workers could not name it; "
+            "define it at the top level of a module"
+        )
+    for key, function in _offered(name, target):
+        _declared[key] = function
+    if isinstance(target, type):
+        _classes[name] = target
+    return target
+
+
+def name_of(function: Any) -> str:
+    """Return the name under which a function travels, ``module:qualname``."""
+    known = _names.get(function) if getattr(function, "__hash__", None) else None
+    if known is not None:
+        return known
+    if isinstance(function, np.ufunc):
+        return f"numpy:{function.__name__}"
+    bound = getattr(function, "__func__", function)
+    try:
+        name = f"{bound.__module__}:{bound.__qualname__}"
+    except AttributeError:
+        raise TypeError(f"cannot call {function!r} remotely: it is not a named function") from None
+    if bound is function and "<" not in name:
+        _names[function] = name
+    return name
+
+
+def exposed_class(name: str) -> type | None:
+    """Return the class that was exposed under a name, or None."""
+    return _classes.get(name)
+
+
+def _offered(name: str, target: Any) -> Iterable[tuple[str, Callable[..., Any]]]:
+    """Yield every callable that exposing ``target`` offers, with its name."""
+    yield name, target
+    if isinstance(target, type):
+        for attribute, _ in inspect.getmembers(target, callable):
+            if not attribute.startswith("_"):
+                yield f"{name}.{attribute}", getattr(target, attribute)
+
+
+class Exposure:
+    """The functions that one worker lets others call.
+
+    Parameters
+    ----------
+    worker_name
+        For error messages.
+    patterns
+        ``"module:name"`` or ``"module:*"``; the modules are imported now.
+    """
+
+    def __init__(self, worker_name: str, patterns: Iterable[str] = ()) -> None:
+        self.worker_name = worker_name
+        self._own: dict[str, Callable[..., Any]] = {}
+        self._own_classes: set[type] = set()
+        for pattern in patterns:
+            self._add(pattern)
+
+    def _add(self, pattern: str) -> None:
+        module_name, colon, wanted = pattern.partition(":")
+        if not colon or not module_name or not wanted:
+            raise ValueError(f"cannot expose {pattern!r}: expected 'module:name' or 'module:*'")
+        module = importlib.import_module(module_name)
+        names = [wanted] if wanted != "*" else _public_names(module)
+        for name in names:
+            target = getattr(module, name)
+            for key, function in _offered(f"{module_name}:{name}", target):
+                self._own[key] = function
+            if isinstance(target, type):
+                self._own_classes.add(target)
+
+    def resolve(self, name: str) -> Callable[..., Any]:
+        """Return the function of that name.
+
+        Raises
+        ------
+        NotExposedError
+            If this worker does not offer it.
+        """
+        function = _declared.get(name) or self._own.get(name) or _numpy_operation(name)
+        if function is None:
+            raise not_exposed(name, self.worker_name)
+        return function
+
+    def resolve_method(self, value: object, method: str) -> Callable[..., Any]:
+        """Return a bound public method of a value whose class is exposed.
+
+        Raises
+        ------
+        NotExposedError
+            If the class is not exposed or the method is not public.
+        AttributeError
+            If there is no such method.
+        """
+        cls = type(value)
+        if method.startswith("_") or not self._offers_class(cls):
+            raise not_exposed(f"{cls.__module__}:{cls.__qualname__}.{method}", self.worker_name)
+        bound = getattr(value, method)
+        if not callable(bound):
+            raise TypeError(f"cannot call {cls.__qualname__}.{method}: it is not a method")
+        return bound
+
+    def _offers_class(self, cls: type) -> bool:
+        return any(
+            _classes.get(f"{base.__module__}:{base.__qualname__}") is base
+            or base in self._own_classes
+            for base in cls.__mro__
+        ) or _is_own_value(cls)
+
+
+def not_exposed(name: str, worker_name: str) -> NotExposedError:
+    """Return the error for a function that a worker does not offer."""
+    module, _, qualname = name.partition(":")
+    target = qualname.rpartition(".")[0] or qualname
+    return NotExposedError(
+        f"cannot call {name} on worker {worker_name!r}: it is not exposed there",
+        hint=f"put `@distgrad.rpc.expose` on {target} in module {module}, imported by "
+        f"{worker_name!r}, or start it with RpcBackendOptions(expose=({module + ':' + target!r},))",
+    )
+
+
+def _is_own_value(cls: type) -> bool:
+    """Whether a class is one of distgrad's or NumPy's values, whose methods only compute."""
+    return cls.__module__.partition(".")[0] == "distgrad" and cls.__name__ == "Tensor"
+
+
+def _public_names(module: Any) -> list[str]:
+    listed = getattr(module, "__all__", None)
+    if listed is not None:
+        return [name for name in listed if callable(getattr(module, name))]
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and callable(value)
+        and getattr(value, "__module__", None) == module.__name__
+    ]
+
+
+def _numpy_operation(name: str) -> Callable[..., Any] | None:
+    """Return a NumPy ufunc by name: ufuncs only compute."""
+    module, _, attribute = name.partition(":")
+    if module != "numpy":
+        return None
+    found = getattr(np, attribute, None) if attribute.isidentifier() else None
+    return found if isinstance(found, np.ufunc) else None

@@ -1,0 +1,62 @@
+"""The one place where a layer above RPC sees the tensors of messages.
+
+RPC knows no autograd. It offers an outgoing and an incoming hook; distributed autograd
+implements them (`Worker.payload_hook`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distgrad._core import Tensor
+    from distgrad.rpc.worker import Worker
+
+__all__ = ["PayloadHook"]
+
+
+class PayloadHook(ABC):
+    """What happens to tensors that require grad when a message carries them."""
+
+    @abstractmethod
+    def outgoing(
+        self, worker: Worker, to_id: int, tensors: list[Tensor], is_response: bool
+    ) -> tuple[int, int]:
+        """Record a message that is about to leave.
+
+        Parameters
+        ----------
+        worker
+            The sender.
+        to_id
+            Id of the receiver.
+        tensors
+            The tensors of the message that require grad, each once, in slot order.
+        is_response
+            Whether the message answers a request.
+
+        Returns
+        -------
+        tuple of int
+            Context id and autograd message id for the header; 0 means none.
+        """
+
+    @abstractmethod
+    def undelivered(self, worker: Worker, context_id: int, message_id: int) -> None:
+        """Take back a record: the message never left."""
+
+    @abstractmethod
+    def uncertain(self, worker: Worker, context_id: int, message_id: int) -> None:
+        """Note that the receiver may never have seen the message."""
+
+    @abstractmethod
+    def incoming(
+        self, worker: Worker, from_id: int, context_id: int, message_id: int, tensors: list[Tensor]
+    ) -> None:
+        """Attach a history to the tensors (slot order) of a message that arrived."""
+
+    @abstractmethod
+    def entered(self, worker: Worker, context_id: int) -> AbstractContextManager[object]:
+        """Return a manager that makes the context current while a call is served."""

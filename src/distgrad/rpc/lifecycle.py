@@ -1,0 +1,195 @@
+"""Joining a world and leaving it."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from typing import Any
+
+from distgrad.rpc import extensions, rendezvous
+from distgrad.rpc.activity import (
+    Activity,
+    activity,
+    current_worker,
+    discharge,
+    enlist,
+    hosted_workers,
+)
+from distgrad.rpc.departure import Departure
+from distgrad.rpc.environment import detect
+from distgrad.rpc.options import RpcBackendOptions
+from distgrad.rpc.worker import Worker
+from distgrad.rpc.world import World
+from distgrad.transport._stream import Poller
+from distgrad.transport.base import Listener
+from distgrad.transport.registry import find_transport
+
+__all__ = ["init_rpc", "shutdown"]
+
+
+def init_rpc(
+    name: str | None = None,
+    backend: str | None = None,
+    rank: int = -1,
+    world_size: int | None = None,
+    rpc_backend_options: RpcBackendOptions | None = None,
+) -> Worker:
+    """Join a world and make the new worker the current one of this thread.
+
+    Parameters
+    ----------
+    name
+        Of this worker, unique in the world; by default ``DISTGRAD_NAME`` or
+        ``worker<rank>``.
+    backend
+        Scheme of the transport; None takes the fastest that reaches each peer.
+    rank, world_size
+        Number of this worker and how many there are; by default from the environment
+        (``RANK``, ``WORLD_SIZE``, or what torchrun, mpirun or srun set).
+    rpc_backend_options
+        Everything else.
+
+    Returns
+    -------
+    Worker
+        The worker; module-level functions find it by themselves.
+
+    Raises
+    ------
+    ValueError
+        If rank, world size, name or address are missing or taken.
+    AuthenticationError
+        If the world does not share this worker's secret, or needs one.
+    RpcTimeoutError
+        If the other workers do not arrive within ``config.rendezvous_timeout``.
+    """
+    options = rpc_backend_options or RpcBackendOptions()
+    if not isinstance(options, RpcBackendOptions):
+        raise TypeError(f"cannot use rpc_backend_options={options!r}: expected RpcBackendOptions")
+    place = rendezvous.find_place(options.init_method, rank, world_size, os.environ)
+    name = name or detect(os.environ).name or f"worker{place.rank}"
+    meeting = rendezvous.meet(place, options)
+    joining = _Joining(backend, options, meeting)
+    try:
+        worker = joining.worker(name)
+    except BaseException:
+        joining.abandon()
+        raise
+    finally:
+        meeting.close()
+    enlist(worker)
+    activity.set(Activity(worker))
+    return worker
+
+
+class _Joining:
+    """The steps from a meeting to a running worker."""
+
+    def __init__(
+        self, backend: str | None, options: RpcBackendOptions, meeting: rendezvous.Meeting
+    ) -> None:
+        self._options = options
+        self._meeting = meeting
+        self._secret = options.find_secret()
+        self._poller = Poller()
+        self._listeners: list[Listener] = []
+        self._worker: Worker | None = None
+        self._schemes = _schemes(backend, meeting.place.scheme, self._secret)
+        self._published = _schemes(backend, meeting.place.scheme, self._secret)
+        if "inproc" not in self._schemes:
+            self._schemes.append("inproc")  # the way to itself
+
+    def worker(self, name: str) -> Worker:
+        for scheme in self._schemes:
+            self._listeners.append(self._listen(scheme))
+        addresses = [
+            listener.address
+            for scheme, listener in zip(self._schemes, self._listeners, strict=True)
+            if scheme in self._published
+        ]
+        own = rendezvous.new_member(name, self._meeting.place.rank, addresses)
+        members = self._meeting.exchange(own)
+        members[own.id] = own._replace(
+            addresses=(self._listeners[self._schemes.index("inproc")].address,)
+        )
+        world = World(members, own.id, self._secret)
+        worker = Worker(world, self._options, self._poller)
+        worker.agent.links.listeners = self._listeners
+        worker.extensions["departure"] = Departure(worker)
+        extensions.install(worker)
+        self._worker = worker
+        worker.agent.crew.start()
+        return worker
+
+    def _listen(self, scheme: str) -> Listener:
+        return find_transport(scheme).listen(
+            self._poller,
+            self._handshake,
+            self._accept,
+            host=self._options.host or self._meeting.host,
+            secure=self._secret is not None,
+        )
+
+    # Both run on the thread that polls, and nobody polls before the worker is there.
+
+    def _handshake(self, peer_uid: int | None) -> Any:
+        assert self._worker is not None
+        return self._worker.world.handshake(connecting=False, peer_uid=peer_uid)
+
+    def _accept(self, connection: Any, identity: Any) -> None:
+        assert self._worker is not None
+        self._worker.agent.links.accept(connection, identity)
+
+    def abandon(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        self._poller.close()
+
+
+def _schemes(backend: str | None, meeting: str, secret: bytes | None) -> list[str]:
+    if backend is not None:
+        find_transport(backend)
+        return [backend]
+    if meeting == "memory":
+        return ["inproc"]
+    return ["unix", "tcp"] if secret is not None else ["unix"]
+
+
+def shutdown(graceful: bool = True, timeout: float = 0) -> None:
+    """Leave the world.
+
+    Parameters
+    ----------
+    graceful
+        Wait until every worker has called `shutdown` and no call runs anywhere, however
+        many calls those calls make. False leaves at once; calls of others to this worker
+        fail with `WorkerLostError`.
+    timeout
+        Seconds to wait at most; 0 for no limit. The worker leaves in any case.
+
+    Raises
+    ------
+    RpcTimeoutError
+        If the others do not come in time.
+    WorkerLostError
+        If a worker was lost before all could leave together.
+    """
+    leave(current_worker(), graceful, timeout)
+
+
+def leave(worker: Worker, graceful: bool = True, timeout: float = 0) -> None:
+    """Do what `shutdown` does, for one worker of this process."""
+    if worker.closed:
+        return
+    try:
+        if graceful:
+            worker.extensions["departure"].wait(timeout)
+    finally:
+        worker.close("shutdown")
+        discharge(worker)
+
+
+@atexit.register
+def _leave_all() -> None:
+    for worker in hosted_workers():
+        leave(worker, graceful=False)

@@ -1,0 +1,184 @@
+"""The connections of a worker to its peers.
+
+Invariants
+    1. All that goes to one peer goes over one connection, so that order is kept.
+    2. A peer is lost once, for good: a worker that comes back has another incarnation.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from distgrad.config import config
+from distgrad.errors import (
+    AuthenticationError,
+    ProtocolError,
+    TransportError,
+    WorkerLostError,
+)
+from distgrad.transport.base import Connection, Listener
+from distgrad.transport.registry import transport_of
+
+if TYPE_CHECKING:
+    from distgrad.rpc.world import World
+
+__all__ = ["Links"]
+
+
+class Links:
+    """Connections, made on first use, one for sending to each peer.
+
+    Parameters
+    ----------
+    world
+        Who the peers are, where they listen and how they prove it.
+    poller
+        Polls the connections.
+    """
+
+    def __init__(self, world: World, poller: Any) -> None:
+        self._world = world
+        self._poller = poller
+        self._to: dict[int, Connection] = {}
+        self._open: set[Connection] = set()
+        self._adopting = threading.Lock()
+        self._connecting: dict[int, threading.Lock] = {}
+        self.lost: dict[int, Exception] = {}
+        self.left: set[int] = set()
+        self.listeners: list[Listener] = []
+
+    def peer_of(self, connection: Connection) -> int:
+        """Return the worker id at the other end of a connection.
+
+        Raises
+        ------
+        ProtocolError
+            If nobody of this world is there.
+        """
+        peer = connection.peer
+        if peer is None:  # its first message came before `connect` returned
+            peer = connection.identity[0]
+            if not self._world.recognises(connection.identity, peer):
+                raise ProtocolError("cannot take a message from outside this world")
+            self._adopt(connection, peer)
+        return peer
+
+    def to(self, peer: int) -> Connection:
+        """Return the connection for sending to a peer; connects on first use.
+
+        Raises
+        ------
+        WorkerLostError
+            If the peer is lost, has left, or cannot be reached.
+        """
+        connection = self._to.get(peer)
+        return connection if connection is not None else self._connect(peer)
+
+    def _connect(self, peer: int) -> Connection:
+        self._refuse_lost(peer)
+        with self._connecting.setdefault(peer, threading.Lock()):
+            connection = self._to.get(peer)
+            if connection is None:
+                connection = self._reach(peer)
+                self._adopt(connection, peer)
+            self._refuse_lost(peer)
+            return self._to.get(peer, connection)
+
+    def _refuse_lost(self, peer: int) -> None:
+        if peer in self.lost:
+            raise WorkerLostError(
+                f"cannot send to worker {self._world.name_of(peer)!r}: {self.lost[peer]}"
+            )
+
+    def _reach(self, peer: int) -> Connection:
+        failures = []
+        for address in self._world.addresses_of(peer):
+            try:
+                connection = transport_of(address).connect(
+                    address,
+                    self._poller,
+                    lambda uid: self._world.handshake(connecting=True, peer_uid=uid),
+                    config.handshake_timeout,
+                )
+            except AuthenticationError:
+                raise
+            except (TransportError, OSError) as error:
+                failures.append(f"{address}: {error}")
+                continue
+            if self._world.recognises(connection.identity, peer):
+                return connection
+            connection.abort()
+            failures.append(f"{address}: another worker listens there")
+        error = WorkerLostError(
+            f"cannot reach worker {self._world.name_of(peer)!r}: " + "; ".join(failures)
+        )
+        self.lost[peer] = error
+        raise error
+
+    def accept(self, connection: Connection, identity: Any) -> None:
+        """Take in a connection that a peer made and authenticated."""
+        peer = identity[0]
+        if not self._world.recognises(identity, peer) or peer in self.lost:
+            connection.abort()
+            return
+        self._adopt(connection, peer)
+
+    def _adopt(self, connection: Connection, peer: int) -> None:
+        with self._adopting:
+            if connection.peer is None and not connection.closed:
+                connection.peer = peer
+                self._open.add(connection)
+                self._to.setdefault(peer, connection)
+
+    def drop(self, connection: Connection, error: Exception | None) -> tuple[int, Exception] | None:
+        """Note that a connection ended.
+
+        Returns
+        -------
+        tuple or None
+            The peer and the reason, where this means that a peer is lost; None where
+            nothing is new.
+        """
+        peer = connection.peer
+        if peer is None or connection not in self._open:
+            return None
+        self._open.discard(connection)
+        if self._to.get(peer) is connection:
+            del self._to[peer]
+        if peer in self.lost:
+            return None
+        name = self._world.name_of(peer)
+        if peer in self.left:
+            why = WorkerLostError(f"worker {name!r} has shut down")
+        else:
+            fact = str(error) if error is not None else "its connection closed"
+            why = WorkerLostError(f"worker {name!r} is lost: {fact}")
+        self.lost[peer] = why
+        return peer, why
+
+    @property
+    def connections(self) -> list[Connection]:
+        """All open connections, also those only received from."""
+        return list(self._open)
+
+    @property
+    def connected(self) -> list[int]:
+        """Ids of the peers that this worker sends to."""
+        return list(self._to)
+
+    def close(self, farewell: Callable[[int], None]) -> None:
+        """Say goodbye to each peer and close everything."""
+        for listener in self.listeners:
+            listener.close()
+        for peer, connection in list(self._to.items()):
+            try:
+                farewell(peer)
+                connection.close()
+            except TransportError:
+                connection.abort()
+        for connection in list(self._open):
+            connection.close()
+        self._to.clear()
+        self._open.clear()

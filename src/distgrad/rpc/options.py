@@ -1,0 +1,122 @@
+"""Names, ids and options of workers."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distgrad.config import config
+from distgrad.errors import AuthenticationError
+
+__all__ = ["UNSET_RPC_TIMEOUT", "RpcBackendOptions", "WorkerInfo", "check_name"]
+
+#: Stands for "the default timeout of the worker" in calls.
+UNSET_RPC_TIMEOUT = -1.0
+
+_NAME = re.compile(r"[A-Za-z0-9_:-]+")
+
+
+class WorkerInfo(NamedTuple):
+    """Name and id of a worker."""
+
+    name: str
+    id: int
+
+
+@dataclass(kw_only=True)
+class RpcBackendOptions:
+    """How a worker runs.
+
+    Parameters
+    ----------
+    rpc_timeout
+        Default deadline of a call in seconds; 0 means none.
+    init_method
+        Where the world meets: ``env://``, ``tcp://host:port`` or ``file:///path``.
+    num_worker_threads
+        Most threads that serve calls; None takes ``config.max_serving_threads``. Threads
+        are started on demand.
+    device_maps
+        Worker name to a map from local to remote devices.
+    expose
+        Patterns ``"module:name"`` or ``"module:*"`` of functions that others may call.
+    secret
+        Shared by the whole world; None reads ``DISTGRAD_SECRET`` or the file named by
+        ``DISTGRAD_SECRET_FILE`` (mode 0600).
+    host
+        Address on which the TCP listener is reachable; None means loopback.
+    """
+
+    rpc_timeout: float = field(default_factory=lambda: config.rpc_timeout)
+    init_method: Any = "env://"
+    num_worker_threads: int | None = None
+    device_maps: Mapping[str, Mapping[Any, Any]] | None = None
+    expose: Sequence[str] = ()
+    secret: bytes | str | None = None
+    host: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.rpc_timeout < 0:
+            raise ValueError(
+                f"cannot use rpc_timeout={self.rpc_timeout!r}: it must not be negative"
+            )
+        if self.num_worker_threads is not None and self.num_worker_threads < 1:
+            raise ValueError(
+                f"cannot use num_worker_threads={self.num_worker_threads!r}: at least 1 is needed"
+            )
+        if isinstance(self.expose, str):
+            self.expose = (self.expose,)
+
+    def find_secret(self) -> bytes | None:
+        """Return the world's secret from the options, the environment or the secret file.
+
+        Raises
+        ------
+        AuthenticationError
+            If the secret is empty, or its file can be read by others.
+        """
+        text = self.secret if self.secret is not None else os.environ.get("DISTGRAD_SECRET")
+        path = os.environ.get("DISTGRAD_SECRET_FILE")
+        if text is None and path:
+            text = _read_secret(Path(path))
+        if text is None:
+            return None
+        secret = text.encode() if isinstance(text, str) else bytes(text)
+        if not secret:
+            raise AuthenticationError("cannot use the secret of this world: it is empty")
+        return secret
+
+
+def _read_secret(path: Path) -> bytes:
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        text = path.read_bytes().strip()
+    except OSError as error:
+        raise AuthenticationError(f"cannot read the secret file {path}: {error.strerror}") from None
+    if mode & 0o077:
+        raise AuthenticationError(
+            f"cannot use the secret file {path}: others may read it (mode {mode:04o})",
+            hint=f"chmod 600 {path}",
+        )
+    return text
+
+
+def check_name(name: str) -> str:
+    """Return a worker's name if it is one.
+
+    Raises
+    ------
+    ValueError
+        If it is empty, longer than 127 characters, or has others than letters, digits,
+        ``-``, ``_`` and ``:``.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > 127:
+        raise ValueError(
+            f"cannot name a worker {name!r}: a name has 1 to 127 letters, digits, '-', '_' or ':'"
+        )
+    return name

@@ -1,0 +1,216 @@
+"""One member of a world, with all that belongs to it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Hashable
+from types import CoroutineType
+from typing import Any
+
+from distgrad import _codec
+from distgrad.config import config
+from distgrad.errors import SerializationError
+from distgrad.message import Call, code_of
+from distgrad.rpc.activity import Activity, activity
+from distgrad.rpc.agent import Agent, Handler, RpcFuture
+from distgrad.rpc.exposure import Exposure
+from distgrad.rpc.functions import answers_later
+from distgrad.rpc.future import Future
+from distgrad.rpc.hooks import PayloadHook
+from distgrad.rpc.options import RpcBackendOptions, WorkerInfo
+from distgrad.rpc.world import World
+from distgrad.transport._stream import Poller
+
+__all__ = ["Worker"]
+
+
+class Worker:
+    """A worker: its connections, threads, exposed functions and tables.
+
+    Made by `init_rpc`. One process may host many.
+
+    Attributes
+    ----------
+    name, id
+        Its own.
+    infos
+        All workers of the world, in the order of their ids.
+    options
+        As given to `init_rpc`.
+    extensions
+        Tables of the layers above, by name of the layer.
+    on_lost
+        Called with (worker id, reason) on a serving thread when a peer is lost.
+    payload_hook
+        Sees the tensors of messages; None where no layer above wants to.
+    """
+
+    def __init__(self, world: World, options: RpcBackendOptions, poller: Poller) -> None:
+        self.world = world
+        self.name = world.own.name
+        self.id = world.own.id
+        self.infos = world.infos
+        self.options = options
+        self.extensions: dict[str, Any] = {}
+        self.on_lost: list[Callable[[int, Exception], None]] = []
+        self.payload_hook: PayloadHook | None = None
+        self.exposure = Exposure(self.name, options.expose)
+        threads = options.num_worker_threads or config.max_serving_threads
+        self.agent = Agent(self, poller, threads)
+        self.agent.crew.base_activity = Activity(self)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_lock = threading.Lock()
+        self.register(Call, _serve_call)
+
+    @property
+    def closed(self) -> bool:
+        """Whether this worker was shut down."""
+        return self.agent.closed
+
+    @property
+    def info(self) -> WorkerInfo:
+        """Name and id of this worker."""
+        return self.infos[self.id]
+
+    # --- for the layers above ------------------------------------------------------------
+
+    def register(self, kind: type, handler: Handler, *, inline: bool = False) -> None:
+        """Have messages of a kind handled.
+
+        Parameters
+        ----------
+        kind
+            Class of the message.
+        handler
+            Called with (worker, sender id, frame, fields). For a request it returns the
+            answer, or a `Future` of it; what it raises is sent back.
+        inline
+            Run on the thread that polls: only for handlers that neither block, nor run
+            user code, nor send messages that wait.
+        """
+        self.agent.handlers[code_of(kind)] = (handler, inline)
+
+    def request(
+        self, to: int, body: Any, *, timeout: float | None = None, chain: int = 0, what: str = ""
+    ) -> RpcFuture:
+        """Send a message object that is answered; see `Agent.request`."""
+        seconds = self.options.rpc_timeout if timeout is None else timeout
+        return self.agent.request(
+            to,
+            code_of(type(body)),
+            tuple(body),
+            timeout=seconds,
+            chain=chain,
+            what=what or type(body).__name__,
+        )
+
+    def post(self, to: int, body: Any, *, context_id: int = 0) -> None:
+        """Send a one-way message object."""
+        self.agent.post(to, code_of(type(body)), tuple(body), context_id=context_id)
+
+    def submit(self, task: Callable[[], None], chain: Hashable = None) -> None:
+        """Run a task on the thread that waits for ``chain``, or on a serving thread."""
+        self.agent.submit(task, chain)
+
+    # --- serving -------------------------------------------------------------------------
+
+    def serve(
+        self,
+        handler: Handler,
+        peer: int,
+        frame: _codec.Frame,
+        body: tuple[Any, ...],
+        deadline: float | None,
+    ) -> None:
+        """Run the handler of a request and send its answer. Called by serving threads."""
+        activity.set(Activity(self, frame.chain, deadline))
+        if frame.context_id and self.payload_hook is not None:
+            with self.payload_hook.entered(self, frame.context_id):
+                self._answer(peer, frame.request_id, handler(self, peer, frame, body))
+        else:
+            self._answer(peer, frame.request_id, handler(self, peer, frame, body))
+
+    def _answer(self, peer: int, request_id: int, value: Any) -> None:
+        if not request_id:
+            return
+        if isinstance(value, Future):
+            value.add_done_callback(lambda future: self._answer_with(peer, request_id, future))
+        else:
+            self.agent.reply(peer, request_id, value)
+
+    def _answer_with(self, peer: int, request_id: int, future: Future) -> None:
+        error = future.exception()
+        if error is None:
+            self.agent.reply(peer, request_id, future.result())
+        else:
+            self.agent.reply_error(peer, request_id, error)
+
+    def call_function(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call an exposed function as its decorators ask: now, later, or on the event loop.
+
+        Returns
+        -------
+        object
+            The value, or a `Future` where the answer comes later.
+        """
+        value = function(*args, **kwargs) if kwargs else function(*args)
+        if type(value) is CoroutineType:
+            return self._run_on_loop(value)
+        if isinstance(value, Future) != answers_later(function):
+            raise _wrong_promise(function, value)
+        return value
+
+    def _run_on_loop(self, coroutine: Coroutine[Any, Any, Any]) -> Future:
+        answer = Future(agent=self.agent)
+
+        def finished(task: asyncio.Task[Any]) -> None:
+            error = None if task.cancelled() else task.exception()
+            if task.cancelled():
+                answer.cancel()
+            elif error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(task.result())
+
+        loop = self._event_loop()
+        loop.call_soon_threadsafe(
+            lambda: loop.create_task(coroutine).add_done_callback(finished)
+        )
+        return answer
+
+    def _event_loop(self) -> asyncio.AbstractEventLoop:
+        with self._loop_lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(
+                    target=self._loop.run_forever, name=f"distgrad-{self.name}-loop", daemon=True
+                ).start()
+            return self._loop
+
+    def close(self, reason: str) -> None:
+        """Leave the world at once; pending calls fail. Idempotent."""
+        self.agent.close(reason)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def __repr__(self) -> str:
+        return f"<Worker {self.name!r} (id {self.id}) of {len(self.infos)}>"
+
+
+def _serve_call(worker: Worker, peer: int, frame: _codec.Frame, body: tuple[Any, ...]) -> Any:
+    name, args, kwargs = body
+    return worker.call_function(worker.exposure.resolve(name), args, kwargs)
+
+
+def _wrong_promise(function: Any, value: Any) -> Exception:
+    name = f"{function.__module__}.{function.__qualname__}"
+    if isinstance(value, Future):
+        return SerializationError(
+            f"cannot send the result of {name}: it is a Future",
+            hint="decorate the function with rpc.functions.async_execution",
+        )
+    return TypeError(
+        f"cannot answer with the result of {name}: a function decorated with async_execution "
+        f"returns a Future, not {type(value).__name__}"
+    )
