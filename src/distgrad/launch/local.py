@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import IO, BinaryIO
 
-__all__ = ["add_arguments", "main", "run", "worker_names"]
+__all__ = ["add_arguments", "die_with", "main", "run", "worker_names"]
 
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec nothing may be loaded
@@ -153,8 +153,11 @@ def _reserved_port() -> Iterator[int]:
         yield holder.getsockname()[1]
 
 
-def _die_with(parent: int) -> None:
-    """Ask the kernel, between fork and exec, to kill this process when its parent ends."""
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when `parent`, the process that started it, ends.
+
+    Meant to run in a child between fork and exec, ``Popen(preexec_fn=...)``.
+    """
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)  # it ended before we asked
@@ -206,7 +209,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             process_group=0,
-            preexec_fn=partial(_die_with, os.getpid()),
+            preexec_fn=partial(die_with, os.getpid()),
         )
         assert self.process.stdout
         assert self.process.stderr
