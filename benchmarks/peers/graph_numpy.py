@@ -1,0 +1,53 @@
+"""The control of bench_graph: plain NumPy with the derivatives written by hand, no graph."""
+
+from __future__ import annotations
+
+import graphs
+import measure
+import numpy as np
+
+
+class NumpyGraphs(measure.Peer):
+    def __init__(self) -> None:
+        self.version = np.__version__
+        self.x = np.ones(4)
+        self.weights = graphs.mlp_weights()
+        self.images, self.labels = graphs.mlp_batch()
+
+    def time_chain_40_forward(self) -> None:
+        graphs.chain_40(np, self.x)
+
+    def time_chain_40(self) -> None:
+        x, inputs = self.x, []
+        for _ in range(10):
+            inputs.append(x)
+            x = np.sin(x) * 1.1 + 0.2 - 0.1
+        x.sum()
+        gradient = np.ones(4)
+        for x in reversed(inputs):
+            gradient = gradient * 1.1 * np.cos(x)
+
+    def time_fan(self) -> None:
+        graphs.fan(self.x).sum()
+        gradient = np.ones(4)
+        for weight in range(graphs.FAN):
+            gradient = gradient + np.ones(4) * float(weight)
+
+    def time_mlp_step(self) -> None:
+        images, labels = self.images, self.labels
+        first, second, third = self.weights
+        h1 = np.tanh(images @ first)
+        h2 = np.tanh(h1 @ second)
+        scores = h2 @ third
+        powers = np.exp(scores)
+        sums = powers.sum(1, keepdims=True)
+        (np.log(sums).sum() - (scores * labels).sum()) / graphs.BATCH
+        g3 = (powers / sums - labels) / graphs.BATCH
+        g2 = (g3 @ third.T) * (1 - h2 * h2)
+        g1 = (g2 @ second.T) * (1 - h1 * h1)
+        for weight, left, right in ((third, h2, g3), (second, h1, g2), (first, images, g1)):
+            weight -= graphs.LEARNING_RATE * (left.T @ right)
+
+
+if __name__ == "__main__":
+    measure.serve(NumpyGraphs)

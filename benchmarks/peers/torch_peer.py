@@ -1,0 +1,119 @@
+"""PyTorch's RPC and distributed autograd: two processes, the default TensorPipe backend."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+
+import measure
+
+FLOATS_16MB = 4 * 2**20
+
+
+def noop():
+    return None
+
+
+def echo(value):
+    return value
+
+
+def double(value):
+    return value * 2.0
+
+
+def chain(value, hops):
+    """Pass ``value`` to and fro between the two workers, ``hops`` calls deep."""
+    from torch.distributed import rpc
+
+    other = "client" if rpc.get_worker_info().name == "server" else "server"
+    value = value * 1.01
+    return value if hops == 0 else rpc.rpc_sync(other, chain, args=(value, hops - 1))
+
+
+def join(name: str, folder: str) -> None:
+    from torch.distributed import rpc
+
+    options = rpc.TensorPipeRpcBackendOptions(init_method=f"file://{folder}/meeting")
+    rank = ("client", "server").index(name)
+    rpc.init_rpc(name, rank=rank, world_size=2, rpc_backend_options=options)
+
+
+class TorchPeer(measure.Peer):
+    def __init__(self) -> None:
+        import torch
+        import torch.distributed.autograd as dist_autograd
+        from torch.distributed import rpc
+
+        self.version = torch.__version__
+        self.rpc, self.dist_autograd = rpc, dist_autograd
+        self.folder = tempfile.TemporaryDirectory(prefix="bench-torch-")
+        self.server = measure.start_server("server", self.folder.name)
+        join("client", self.folder.name)
+        self.small = torch.zeros(1)
+        self.leaf = torch.ones(1, requires_grad=True)
+        self.large = torch.zeros(FLOATS_16MB)
+        self.larger = torch.zeros(4 * FLOATS_16MB)
+        self.large_leaf = torch.ones(FLOATS_16MB, requires_grad=True)
+
+    def close(self) -> None:
+        self.rpc.shutdown()
+        self.server.wait(30)
+        self.folder.cleanup()
+
+    def time_noop(self) -> None:
+        self.rpc.rpc_sync("server", noop)
+
+    def time_echo_small(self) -> None:
+        self.rpc.rpc_sync("server", echo, args=(self.small,))
+
+    def time_noop_1000_in_flight(self) -> None:
+        for future in [self.rpc.rpc_async("server", noop) for _ in range(1000)]:
+            future.wait()
+
+    def time_echo_1000_in_flight(self) -> None:
+        rpc_async, small = self.rpc.rpc_async, self.small
+        for future in [rpc_async("server", echo, args=(small,)) for _ in range(1000)]:
+            future.wait()
+
+    def time_echo_16mb(self) -> None:
+        self.rpc.rpc_sync("server", echo, args=(self.large,))
+
+    def time_echo_64mb(self) -> None:
+        self.rpc.rpc_sync("server", echo, args=(self.larger,))
+
+    def time_remote_to_here(self) -> None:
+        self.rpc.remote("server", echo, args=(self.small,)).to_here()
+
+    def time_backward_call(self) -> None:
+        with self.dist_autograd.context() as context_id:
+            loss = self.rpc.rpc_sync("server", double, args=(self.leaf,)).sum()
+            self.dist_autograd.backward(context_id, [loss])
+            self.dist_autograd.get_gradients(context_id)
+
+    def time_backward_chain_9(self) -> None:
+        with self.dist_autograd.context() as context_id:
+            loss = self.rpc.rpc_sync("server", chain, args=(self.leaf, 8)).sum()
+            self.dist_autograd.backward(context_id, [loss])
+            self.dist_autograd.get_gradients(context_id)
+
+    def time_backward_16mb(self) -> None:
+        with self.dist_autograd.context() as context_id:
+            loss = self.rpc.rpc_sync("server", double, args=(self.large_leaf,)).sum()
+            self.dist_autograd.backward(context_id, [loss])
+            self.dist_autograd.get_gradients(context_id)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["server"]:
+        from torch.distributed import rpc
+
+        measure.end_with_parent()
+        join("server", sys.argv[2])
+        rpc.shutdown()
+    else:
+        measure.serve(TorchPeer)
+
+
+if __name__ == "__main__":
+    main()
