@@ -6,14 +6,13 @@ is registered under the scheme of its addresses and passes
 """
 
 from distgrad.transport.base import Connection, Handshake, Listener, Transport
-from distgrad.transport.registry import find_transport, register_transport, transport_of
+from distgrad.transport.registry import register_transport, transport_for
 
 __all__ = [
     "Connection",
     "Handshake",
     "Listener",
     "Transport",
-    "find_transport",
     "register_transport",
-    "transport_of",
+    "transport_for",
 ]

@@ -14,7 +14,7 @@ from distgrad.errors import TransportError
 from distgrad.transport.address import parse_address
 from distgrad.transport.base import Transport
 
-__all__ = ["find_transport", "known_schemes", "register_transport", "transport_of"]
+__all__ = ["known_schemes", "register_transport", "transport_for"]
 
 GROUP = "distgrad.transports"
 
@@ -38,7 +38,7 @@ def register_transport(scheme: str, factory: Callable[[], Transport]) -> None:
     _registered[scheme] = factory
 
 
-def find_transport(scheme: str) -> Transport:
+def transport_for(scheme: str) -> Transport:
     """Make the transport of a scheme.
 
     Raises
@@ -61,12 +61,7 @@ def find_transport(scheme: str) -> Transport:
     )
 
 
-def transport_of(address: str) -> Transport:
-    """Make the transport that serves an address."""
-    return find_transport(parse_address(address).scheme)
-
-
 def known_schemes() -> list[str]:
-    """List the schemes that `find_transport` knows, sorted."""
+    """List the schemes that `transport_for` knows, sorted."""
     installed = {point.name for point in entry_points(group=GROUP)}
     return sorted({*_registered, *_SHIPPED, *installed})
