@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from distgrad.config import Config, config
 from distgrad.launch.cli import installed_version
-from distgrad.rpc.environment import detect
 
 __all__ = ["Finding", "add_arguments", "examine", "main"]
 
@@ -109,9 +108,16 @@ def _sockets() -> Iterator[Finding]:
 
 
 def _environment() -> Iterator[Finding]:
-    found = detect(os.environ)
+    try:  # rpc needs the extensions; if they are missing, that has been said above
+        environment = importlib.import_module("distgrad.rpc.environment")
+    except ImportError:
+        return
+    found = environment.detect(os.environ)
     where = f"rank {found.rank} of {found.world_size}" if found.launcher else "not in a world"
     yield Finding("launcher", f"{found.launcher or 'none'}: {where}")
+
+
+def _secret() -> Iterator[Finding]:
     secret = next((s for s in ("SECRET", "SECRET_FILE") if os.environ.get(f"DISTGRAD_{s}")), None)
     only_own = "none: workers serve this user on this host only"
     yield Finding("secret", f"from DISTGRAD_{secret}" if secret else only_own)
@@ -124,5 +130,6 @@ def _settings() -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
-    *(_versions, _extensions, _cores, _shared_memory, _limits, _sockets, _environment, _settings),
+    *(_versions, _extensions, _cores, _shared_memory, _limits, _sockets),
+    *(_environment, _secret, _settings),
 )
