@@ -126,9 +126,10 @@ class InprocConnection(Connection):
         frame = _copy(message.parts())
         with self._lock:
             other = self._other
-            if other is None:
-                raise TransportError(f"cannot send to {self.peer_address}: the connection is closed")
-            other._poller.post(other, frame)
+            if other is not None:
+                other._poller.post(other, frame)
+        if other is None:
+            raise TransportError(f"cannot send to {self.peer_address}: the connection is closed")
         return True
 
     def flushed(self) -> bool:
