@@ -23,7 +23,7 @@ from distgrad.errors import DistgradError, ProtocolError, RpcTimeoutError, Trans
 from distgrad.message import KINDS, Bye, Cancel, Error, Reply, code_of
 from distgrad.rpc.crew import Crew
 from distgrad.rpc.failures import describe, rebuild
-from distgrad.rpc.future import DONE, FAILED, PENDING, Future
+from distgrad.rpc.future import DONE, FAILED, PENDING, Future, collect_all
 from distgrad.rpc.links import Links
 from distgrad.rpc.payload import Session
 from distgrad.transport._stream import Poller
@@ -111,6 +111,7 @@ class Agent:
         self.handled = 0
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.ticks: list[Callable[[float], float]] = []
         self._ids = itertools.count((worker.id << 48) + 1)
 
     def new_id(self) -> int:
@@ -160,28 +161,33 @@ class Agent:
         request_id = next(self._ids)
         future = RpcFuture(self, to, request_id, chain or request_id, what)
         session = Session(self.worker, to)
-        message = _codec.encode(
-            kind,
-            body,
-            session,
-            request_id=request_id,
-            chain=chain or request_id,
-            deadline_us=_microseconds(timeout),
-        )
-        connection = self.links.to(to)
-        hook = self.worker.payload_hook
-        if hook is not None:
-            ids = hook.outgoing(self.worker, to, session.tensors, False)
-            future.context_id, future.message_id = ids
-            message.context_id, message.message_id = ids
+        try:
+            message = _codec.encode(
+                kind,
+                body,
+                session,
+                request_id=request_id,
+                chain=chain or request_id,
+                deadline_us=_microseconds(timeout),
+            )
+            connection = self.links.to(to)
+            hook = self.worker.payload_hook
+            if hook is not None:
+                ids = hook.outgoing(self.worker, to, session.tensors, False)
+                future.context_id, future.message_id = ids
+                message.context_id, message.message_id = ids
+        except BaseException:
+            session.take_back()
+            raise
+        self.pending[request_id] = future  # before arming: a tick looks through it
         if timeout > 0:
             self._arm(future, timeout)
-        self.pending[request_id] = future
         self.issued += 1
         try:
             self._send(connection, message)
         except TransportError:
             self.pending.pop(request_id, None)
+            session.take_back()
             self._take_back(future)
             raise
         return future
@@ -189,8 +195,15 @@ class Agent:
     def _arm(self, future: RpcFuture, timeout: float) -> None:
         future.timeout = timeout
         future.deadline = time.monotonic() + timeout
-        if future.deadline < self.crew.wake_at:
-            self.crew.wake_at = future.deadline
+        self.tick_by(future.deadline)
+
+    def tick_by(self, when: float) -> None:
+        """Have ``ticks`` called by the polling thread at ``when`` (`time.monotonic`) or before.
+
+        Any thread may call this, also from a destructor: it takes no lock.
+        """
+        if when < self.crew.wake_at:
+            self.crew.wake_at = when
             self.poller.wake()
 
     def _take_back(self, future: RpcFuture) -> None:
@@ -211,8 +224,13 @@ class Agent:
         WorkerLostError
             If the receiver is lost.
         """
-        message = _codec.encode(kind, body, Session(self.worker, to), context_id=context_id)
-        self._send(self.links.to(to), message)
+        session = Session(self.worker, to)
+        try:
+            message = _codec.encode(kind, body, session, context_id=context_id)
+            self._send(self.links.to(to), message)
+        except Exception:
+            session.take_back()
+            raise
 
     def reply(self, to: int, request_id: int, value: Any) -> None:
         """Answer a request with a value, or with an `Error` if the value cannot be sent."""
@@ -220,6 +238,7 @@ class Agent:
         try:
             message = _codec.encode(_REPLY, (value,), session, request_id=request_id)
         except Exception as error:
+            session.take_back()
             self.reply_error(to, request_id, error)
             return
         hook = self.worker.payload_hook
@@ -232,6 +251,7 @@ class Agent:
             self._send(self.links.to(to), message)
         except TransportError as error:  # nobody is left to answer
             _log.info("worker %r drops an answer: %s", self.worker.name, error)
+            session.take_back()
             if hook is not None and ids[1]:
                 hook.undelivered(self.worker, *ids)
 
@@ -303,10 +323,17 @@ class Agent:
 
     def _on_answer(self, peer: int, frame: _codec.Frame) -> None:
         future = self.pending.get(frame.request_id)
-        body, _ = self._decode(peer, frame)
+        body, session = self._decode(peer, frame)
         if future is None or future.peer != peer:
             return  # timed out or cancelled meanwhile; what it recorded stays recorded
-        self.pending.pop(frame.request_id, None)
+        if session.awaited:
+            _after(session.awaited, lambda: self._take_answer(future, frame, body))
+        else:
+            self._take_answer(future, frame, body)
+
+    def _take_answer(self, future: RpcFuture, frame: _codec.Frame, body: Any) -> None:
+        if self.pending.pop(frame.request_id, None) is None:
+            return  # it timed out while references in the answer were confirmed
         if frame.kind == _REPLY:
             (value,) = _fields(Reply, body)
             future._try_complete(DONE, value)
@@ -327,29 +354,21 @@ class Agent:
         except Exception as error:
             if not frame.request_id:
                 raise
-            self.submit(lambda: self.reply_error(peer, frame.request_id, error))
+            failure = error
+            self.submit(lambda: self.reply_error(peer, frame.request_id, failure))
             return
         _fields(KINDS[frame.kind], body)
-        if inline:
+        task = (
             handler(self.worker, peer, frame, body)
+            if inline
+            else _Served(self, handler, peer, frame, body, arrived)
+        )
+        if task is None:
             return
-        task = _Served(self, handler, peer, frame, body, arrived)
         if session.awaited:
-            self._submit_later(task, session.awaited)
+            _after(session.awaited, lambda: self.submit(task, frame.chain))
         else:
             self.submit(task, frame.chain)
-
-    def _submit_later(self, task: _Served, awaited: list[Future]) -> None:
-        left = len(awaited)
-
-        def one_done(_: Future) -> None:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                self.submit(task, task.frame.chain)
-
-        for future in list(awaited):
-            future.add_done_callback(one_done, inline=True)
 
     def _on_cancel(self, peer: int, request_id: int) -> None:
         def is_wanted(task: Any) -> bool:
@@ -383,6 +402,8 @@ class Agent:
                 self._time_out(future)
             elif future.deadline < soonest:
                 soonest = future.deadline
+        for tick in self.ticks:
+            soonest = min(soonest, tick(now))
         return soonest
 
     def _time_out(self, future: RpcFuture) -> None:
@@ -447,6 +468,11 @@ class _Served:
             agent.reply_error(self.peer, frame.request_id, error)
             if not isinstance(error, Exception):
                 raise
+
+
+def _after(awaited: list[Future], action: Callable[[], None]) -> None:
+    """Act once all futures are complete, however they ended."""
+    collect_all(awaited).add_done_callback(lambda _: action(), inline=True)
 
 
 def _fields(cls: type, body: Any) -> tuple[Any, ...]:

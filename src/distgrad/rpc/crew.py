@@ -221,7 +221,10 @@ class Crew:
         if events:
             self._on_events(events)
         if time.monotonic() >= self.wake_at:
-            self.wake_at = self._on_tick(time.monotonic())
+            self.wake_at = float("inf")  # first, so that a time set meanwhile is not lost
+            next_tick = self._on_tick(time.monotonic())
+            if next_tick < self.wake_at:
+                self.wake_at = next_tick
 
     def _follow(self, waiter: _Waiter, future: Future, deadline: float | None) -> None:
         if waiter.mailbox is None:

@@ -6,6 +6,7 @@ tensors that require grad, in slot order, for the autograd hook.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,9 +34,11 @@ class Session:
         Tensors that require grad, each once, in slot order.
     awaited
         Futures that must be done before the message is served (set by RRef arguments).
+    undo
+        What to call if the message never leaves.
     """
 
-    __slots__ = ("_slots", "awaited", "peer_id", "tensors", "worker")
+    __slots__ = ("_slots", "awaited", "peer_id", "tensors", "undo", "worker")
 
     def __init__(self, worker: Worker, peer_id: int) -> None:
         self.worker = worker
@@ -43,6 +46,12 @@ class Session:
         self.tensors: list[Tensor] = []
         self._slots: dict[int, int] | None = None
         self.awaited: list[Any] | None = None
+        self.undo: list[Callable[[], None]] | None = None
+
+    def take_back(self) -> None:
+        """Undo what encoding recorded: the message never left."""
+        for undo in self.undo or ():
+            undo()
 
     def slot_of(self, tensor: Tensor) -> int:
         """Return the slot of a tensor in this message; a new one on first sight."""

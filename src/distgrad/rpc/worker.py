@@ -87,7 +87,8 @@ class Worker:
             answer, or a `Future` of it; what it raises is sent back.
         inline
             Run on the thread that polls: only for handlers that neither block, nor run
-            user code, nor send messages that wait.
+            user code, nor send messages that wait. Such a handler answers a request
+            itself; it may return a task, which a serving thread runs next.
         """
         self.agent.handlers[code_of(kind)] = (handler, inline)
 
