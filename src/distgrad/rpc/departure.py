@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from distgrad.errors import RpcTimeoutError, TransportError, WorkerLostError
 from distgrad.message import Arrived, Departed
-from distgrad.rpc.future import Future
+from distgrad.rpc.future import DONE, FAILED, Future
 
 if TYPE_CHECKING:
     from distgrad._codec import Frame
@@ -98,10 +98,11 @@ class Departure:
 
     def _end_round(self, finished: bool, reason: str | None) -> None:
         if reason is None:
-            self._verdict._try_complete(1, finished)
+            self._verdict._try_complete(DONE, finished)
         else:
             error = WorkerLostError(f"cannot shut down together: {reason}")
-            self._verdict._try_complete(2, error)
+            self._verdict._try_complete(FAILED, error)
+            self._verdict._observed = True  # whoever leaves later is told by `_lost`
 
     # --- the first worker ------------------------------------------------------------------
 

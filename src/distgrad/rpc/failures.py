@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import builtins
 import traceback
-from typing import Any
 
 from distgrad import errors
 from distgrad.errors import DistgradError, RemoteError
@@ -73,25 +72,26 @@ def rebuild(message: Error) -> BaseException:
 
 def _instance(message: Error) -> BaseException:
     cls = _known_class(message.type_name)
-    if cls is None:
-        name = message.type_name.replace(":", ".")
-        return RemoteError(
-            f"{name} on worker {message.workers[0]!r}: {message.message}",
-            hint="expose the exception's class on both sides to catch it by its own type",
-        )
-    if issubclass(cls, DistgradError):
+    if cls is not None and issubclass(cls, DistgradError):
         hint = message.args[-1] if message.args and len(message.args) > 1 else None
-        return _bare(cls, (message.message,), message=message.message, detail=None, hint=hint)
-    args = message.args if message.args is not None else (message.message,)
-    return _bare(cls, args)
+        return cls(message.message, hint=hint)
+    if cls is not None:
+        args = message.args if message.args is not None else (message.message,)
+        try:
+            error = cls.__new__(cls, *args)
+        except TypeError:  # a class that cannot be made without its constructor
+            return _unknown(message)
+        error.args = args
+        return error
+    return _unknown(message)
 
 
-def _bare(cls: type[BaseException], args: tuple[Any, ...], **attributes: Any) -> BaseException:
-    error = cls.__new__(cls, *args)
-    error.args = args
-    for name, value in attributes.items():
-        setattr(error, name, value)
-    return error
+def _unknown(message: Error) -> RemoteError:
+    name = message.type_name.replace(":", ".")
+    return RemoteError(
+        f"{name} on worker {message.workers[0]!r}: {message.message}",
+        hint="expose the exception's class on both sides to catch it by its own type",
+    )
 
 
 def _known_class(type_name: str) -> type[BaseException] | None:

@@ -22,7 +22,7 @@ from distgrad.rpc.worker import Worker
 from distgrad.rpc.world import World
 from distgrad.transport._stream import Poller
 from distgrad.transport.base import Listener
-from distgrad.transport.registry import find_transport
+from distgrad.transport.registry import transport_for
 
 __all__ = ["init_rpc", "shutdown"]
 
@@ -122,7 +122,7 @@ class _Joining:
         return worker
 
     def _listen(self, scheme: str) -> Listener:
-        return find_transport(scheme).listen(
+        return transport_for(scheme).listen(
             self._poller,
             self._handshake,
             self._accept,
@@ -148,7 +148,7 @@ class _Joining:
 
 def _schemes(backend: str | None, meeting: str, secret: bytes | None) -> list[str]:
     if backend is not None:
-        find_transport(backend)
+        transport_for(backend)
         return [backend]
     if meeting == "memory":
         return ["inproc"]

@@ -19,7 +19,7 @@ from distgrad.errors import (
     WorkerLostError,
 )
 from distgrad.transport.base import Connection, Listener
-from distgrad.transport.registry import transport_of
+from distgrad.transport.registry import transport_for
 
 if TYPE_CHECKING:
     from distgrad.rpc.world import World
@@ -96,7 +96,7 @@ class Links:
         failures = []
         for address in self._world.addresses_of(peer):
             try:
-                connection = transport_of(address).connect(
+                connection = transport_for(address.partition("://")[0]).connect(
                     address,
                     self._poller,
                     lambda uid: self._world.handshake(connecting=True, peer_uid=uid),

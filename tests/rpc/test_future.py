@@ -1,0 +1,105 @@
+"""Futures by themselves."""
+
+import asyncio
+import gc
+import threading
+
+import pytest
+
+from distgrad.errors import DistgradError, RpcTimeoutError
+from distgrad.rpc import Future, collect_all, wait_all
+
+
+def test_future_completes_once():
+    future = Future()
+    future.set_result(3)
+    assert future.done()
+    assert future.wait() == future.result() == 3
+    with pytest.raises(DistgradError, match="complete already"):
+        future.set_result(4)
+    with pytest.raises(DistgradError, match="complete already"):
+        future.set_exception(ValueError())
+
+
+def test_future_failure_is_raised_each_time():
+    future = Future()
+    error = ValueError("no")
+    future.set_exception(error)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no"):
+            future.wait()
+    assert future.exception() is error
+
+
+def test_future_wait_times_out_and_stays_usable():
+    future = Future()
+    with pytest.raises(RpcTimeoutError):
+        future.wait(0.01)
+    future.set_result(1)
+    assert future.wait(0.01) == 1
+
+
+def test_future_wakes_all_waiting_threads():
+    future, seen = Future(), []
+    threads = [threading.Thread(target=lambda: seen.append(future.wait(10))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    future.set_result("x")
+    for thread in threads:
+        thread.join(10)
+    assert seen == ["x"] * 4
+
+
+def test_future_then_chains_values_and_failures():
+    future = Future()
+    doubled = future.then(lambda f: f.wait() * 2)
+    broken = future.then(lambda f: 1 / 0)
+    future.set_result(21)
+    assert doubled.wait(5) == 42
+    with pytest.raises(ZeroDivisionError):
+        broken.wait(5)
+
+
+def test_future_callbacks_run_in_the_order_they_were_added():
+    future, seen = Future(), []
+    for i in range(3):
+        future.add_done_callback(lambda _, i=i: seen.append(i))
+    future.set_result(None)
+    future.add_done_callback(lambda _: seen.append("late"))
+    assert seen == [0, 1, 2, "late"]
+
+
+def test_future_cancel_fails_it_unless_done():
+    future = Future()
+    assert future.cancel()
+    assert not future.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        future.wait()
+
+
+def test_future_nobody_looked_at_warns():
+    future = Future()
+    future.set_exception(ValueError("unseen"))
+    with pytest.warns(RuntimeWarning, match="unseen"):
+        del future
+        gc.collect()
+
+
+def test_future_is_awaitable():
+    async def main():
+        future = Future()
+        threading.Timer(0.01, future.set_result, (5,)).start()
+        return await future
+
+    assert asyncio.run(asyncio.wait_for(main(), 10)) == 5
+
+
+def test_wait_all_and_collect_all_keep_order():
+    futures = [Future() for _ in range(3)]
+    gathered = collect_all(futures)
+    for i in (2, 0, 1):
+        assert not gathered.done()
+        futures[i].set_result(i)
+    assert wait_all(futures, 1) == [0, 1, 2]
+    assert gathered.wait(1) == futures
+    assert collect_all([]).wait(1) == []
