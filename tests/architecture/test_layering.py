@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "distgrad"
 # From the bottom up; one layer is a list of columns that do not see each other.
 LAYERS: list[list[set[str]]] = [
     [{"errors", "config"}],
-    [{"_core"}, {"_codec"}],
+    [{"_core"}, {"_codec", "wire"}],
     [{"ops", "functional", "xp"}, {"message"}, {"transport"}],
     [{"rpc"}],
     [{"autograd"}, {"rref"}],
@@ -23,7 +23,8 @@ LAYERS: list[list[set[str]]] = [
     [{"launch"}, {"interop"}, {"profiler"}, {"testing"}],
 ]
 # Layer 3 reaches down only where its purpose needs it.
-BLIND = {"ops": {"_codec"}, "message": {"_core", "_codec"}, "transport": {"_core"}}
+CODEC = {"_codec", "wire"}
+BLIND = {"ops": CODEC, "message": CODEC | {"_core"}, "transport": {"_core", "wire"}}
 # The package's own faces import from all layers; the highest layer uses them as users do.
 TOP = {"__init__", "__main__"}
 # Upward communication is by registration. These two name upper layers, as text: the one

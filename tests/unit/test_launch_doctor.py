@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+from pathlib import Path
 
 import pytest
 
@@ -21,9 +22,10 @@ def test_doctor_healthy_machine_reports_versions_and_cores() -> None:
 
 
 def test_doctor_missing_extension_is_a_problem(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(doctor, "EXTENSIONS", ("_absent",))
+    (tmp_path / "_absent.pyi").touch()
+    monkeypatch.setattr(doctor, "PACKAGE", tmp_path)
     assert doctor.main(argparse.Namespace()) == 1
     assert "problem: build it" in capsys.readouterr().out
 

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from importlib.metadata import version
+from pathlib import Path
 from typing import NamedTuple
 
 from distgrad.config import Config, config
@@ -19,7 +20,7 @@ from distgrad.launch.cli import installed_version
 
 __all__ = ["Finding", "add_arguments", "examine", "main"]
 
-EXTENSIONS = ("_core", "_codec", "transport._pool", "transport._stream", "rpc._leader")
+PACKAGE = Path(__file__).parents[1]
 SHARED_MEMORY = "/dev/shm"
 LEAST_SHARED_MEMORY = 64 * 2**20
 LEAST_FILES = 1024
@@ -61,7 +62,8 @@ def _versions() -> Iterator[Finding]:
 
 
 def _extensions() -> Iterator[Finding]:
-    for name in EXTENSIONS:
+    for stub in sorted(PACKAGE.rglob("*.pyi")):  # one beside each extension
+        name = ".".join(stub.relative_to(PACKAGE).with_suffix("").parts)
         try:
             importlib.import_module(f"distgrad.{name}")
         except ImportError as error:
