@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, ClassVar
 
 import numpy as np
@@ -58,7 +59,7 @@ def load() -> Digits:
         If scikit-learn is not installed.
     """
     try:
-        from sklearn.datasets import load_digits
+        load_digits = import_module("sklearn.datasets").load_digits
     except ImportError as error:
         raise DistgradError(
             f"cannot load the digits: {error}", hint="pip install 'distgrad[demo]'"
