@@ -196,6 +196,9 @@ class Crew:
             self._enqueue(waiter.tasks.popleft())
 
     def _run_own(self, waiter: _Waiter) -> None:
+        if waiter.tasks and waiter.leads:  # woken by a task and picked to lead at once
+            waiter.leads = False
+            self._pass_on()
         while waiter.tasks:
             self._run(waiter.tasks.popleft())
 
