@@ -12,8 +12,14 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 MODULES = {
-    "distgrad._core": "src/distgrad/_core.pyx",
+    "distgrad._core.node": "src/distgrad/_core/node.pyx",
+    "distgrad._core.gradient": "src/distgrad/_core/gradient.pyx",
+    "distgrad._core.engine": "src/distgrad/_core/engine.pyx",
+    "distgrad._core.tensor": "src/distgrad/_core/tensor.pyx",
     "distgrad._codec": "src/distgrad/_codec.pyx",
+    "distgrad.wire._schema": "src/distgrad/wire/_schema.pyx",
+    "distgrad.wire._encoder": "src/distgrad/wire/_encoder.pyx",
+    "distgrad.wire._decoder": "src/distgrad/wire/_decoder.pyx",
     "distgrad.transport._pool": "src/distgrad/transport/_pool.pyx",
     "distgrad.transport._stream": "src/distgrad/transport/_stream.pyx",
     "distgrad.rpc._leader": "src/distgrad/rpc/_leader.pyx",

@@ -51,7 +51,7 @@ cdef class Hooks:       # callbacks of a node or of a leaf, made on demand
     cdef dict retained  # slot -> weak reference to the tensor that wants its .grad
 
 
-cdef class Tensor:
+cdef class TensorBase:
     cdef cnp.ndarray array          # the value
     cdef PyObject *node             # counted; the operation that made it, NULL for a leaf
     cdef PyObject *accumulator      # uncounted AccumulateGrad of a leaf (invariant 3)
@@ -108,73 +108,67 @@ cdef class OpNode(Node):
 
 
 cdef class AccumulateGrad(Node):
-    cdef readonly Tensor variable
+    cdef readonly TensorBase variable
     cdef void *lock                 # PyThread lock: one thread accumulates at a time
 
 
-cdef class GradientTable:
-    cdef dict entries               # leaf -> ndarray, or Tensor once handed out
+cdef object grad_mode       # ContextVar: whether operations are recorded
+cdef dict OPS               # function on arrays -> Op
+cdef dict FUNCTIONS         # function -> callable on tensors
+
+cdef bint grad_enabled() except -1
+cdef tuple meta_shape(Meta *meta)
+cdef int describe(Meta *meta, cnp.ndarray array) except -1
+cdef object meta_dtype(Meta *meta)
+cdef object add_hook(list hooks, object hook)
+cdef Hooks hooks_of(Node node)
+cdef int make_room(Node node, Py_ssize_t n_edges, Py_ssize_t n_slots) except -1
+cdef AccumulateGrad accumulator_of(TensorBase leaf)
+cdef Node edge_of(TensorBase tensor)
+cdef int attach(TensorBase tensor, Node node, int slot) except -1
+cdef object rule_of(Op op, int argument)
+cdef str no_rule(str name, str what)
+cdef OpNode new_node(Op op, Py_ssize_t n_args)
+cdef int connect(OpNode node, TensorBase tensor, int argument, unsigned int *mask) except -1
+cdef object saved_argument(OpNode node, object value, int argument, unsigned int mask)
+cdef int save(OpNode node, tuple args, dict kwargs, object answer, unsigned int mask) except -1
+cdef TensorBase wrap(object result)
+cdef object unwrap(object value)
+cdef int check_fresh(TensorBase tensor) except -1
+cdef object call_op(Op op, tuple args, dict kwargs)
+cdef object unwrap_constant(Op op, object value)
+cdef object wrap_outputs(object result, tuple args)
+cdef int record(Op op, tuple args, dict kwargs, object outputs) except -1
+cdef int attach_output(TensorBase output, OpNode node, int slot) except -1
+cdef object binary(Op op, object a, object b)
+cdef int record_binary(Op op, object a, object b, TensorBase output) except -1
+cdef Storage storage_of(TensorBase tensor)
+cdef int share_storage(TensorBase view, TensorBase base) except -1
+cdef int mark_written(TensorBase tensor, str writer) except -1
+cdef int check_writable(TensorBase tensor, str writer) except -1
+cdef int rebase(TensorBase tensor, Node node, int slot, str writer) except -1
+cdef object write_operator(Op op, TensorBase target, object other, str writer)
+cdef int write_item(TensorBase target, object index, object value) except -1
+cdef object unwrap_index(object index)
 
 
-cdef struct Visit:      # a node in a pass
-    PyObject *node      # borrowed: the roots keep the graph alive
-    int waiting         # edges and deliveries still to come
-    int first_slot      # in pending
-    int first_edge      # in targets
-    char needed         # RUNS, RECEIVES
-    char queued         # is or was in the ready heap
+cdef inline cnp.npy_intp *meta_dims(Meta *meta) noexcept:
+    return meta.far if meta.ndim > NEAR_DIMS else meta.near
 
 
-cdef struct Ready:
-    unsigned long long sequence
-    int visit
+cdef inline bint same_meta(Meta *meta, cnp.ndarray array) noexcept:
+    cdef int i
+    cdef cnp.npy_intp *dims = meta_dims(meta)
+    if cnp.PyArray_NDIM(array) != meta.ndim or cnp.PyArray_TYPE(array) != meta.typenum:
+        return False
+    for i in range(meta.ndim):
+        if cnp.PyArray_DIM(array, i) != dims[i]:
+            return False
+    return True
 
 
-cdef class GraphTask:
-    cdef list keep                  # root nodes and sends
-    cdef Visit *visits
-    cdef int n_visits, room_visits
-    cdef int *buckets               # open addressing: node address -> visit + 1
-    cdef int n_buckets
-    cdef int *targets               # for each edge of each visit the visit it leads to, or -1
-    cdef int *places                # for each edge its place in held, or -1; NULL without sends
-    cdef int n_edges, room_edges
-    cdef PyObject **pending         # counted gradients, one a slot
-    cdef int *held_range            # for each slot its places in held: first and end
-    cdef PyObject **held            # contributions kept apart to be added in edge order
-    cdef int n_slots, n_held
-    cdef Ready *heap                # what can run, latest node first
-    cdef int n_heap, room_heap
-    cdef int remaining              # visits that have not run
-    cdef dict undelivered           # send -> visit
-    cdef dict wanted                # visit -> [(slot, position in captured)]
-    cdef list complete              # boundary nodes to hand out by run
-    cdef GradientTable table
-    cdef bint retain
-    cdef bint create
-    cdef readonly list captured     # gradients of inputs=
-    cdef readonly str failed_node
-    # methods, in the order of the file
-    cdef list start_at(self, roots, sends)
-    cdef int lookup(self, PyObject *node) noexcept
-    cdef int visit(self, PyObject *node) except -1
-    cdef int rehash(self) except -1
-    cdef int count(self) except -1
-    cdef int want(self, tuple inputs) except -1
-    cdef int order_sums(self, list starts) except -1
-    cdef void place_edges(self, int *next_place) noexcept
-    cdef int slot_of(self, int index, int k) noexcept
-    cdef int seed(self, list starts) except -1
-    cdef int enqueue_if_ready(self, int index) except -1
-    cdef int pop(self) noexcept
-    cdef int put(self, int slot, int place, object gradient) except -1
-    cdef object take(self, int slot)
-    cdef int add_held(self, int slot) except -1
-    cdef int contribute(self, int index, int k, object gradient) except -1
-    cdef int step(self, int index) except -1
-    cdef int skip(self, int index) except -1
-    cdef int capture(self, int index, list grads) except -1
-    cdef int step_leaf(self, int index, AccumulateGrad node, list grads) except -1
-    cdef int run_apply(self, int index, Node node, list grads) except -1
-    cdef int run_rules(self, int index, OpNode node, object gradient) except -1
-    cdef object run_rule(self, int index, OpNode node, int k, PyObject **stack)
+cdef inline bint is_inexact(int typenum) noexcept:
+    return (
+        typenum == cnp.NPY_FLOAT64 or typenum == cnp.NPY_FLOAT32 or typenum == cnp.NPY_FLOAT16
+        or typenum == cnp.NPY_COMPLEX64 or typenum == cnp.NPY_COMPLEX128
+    )

@@ -1,0 +1,73 @@
+"""The state of one backward pass."""
+
+from cpython.object cimport PyObject
+
+from distgrad._core.gradient cimport GradientTable
+from distgrad._core.node cimport AccumulateGrad, Node, OpNode, TensorBase
+
+
+cdef struct Visit:      # a node in a pass
+    PyObject *node      # borrowed: the roots keep the graph alive
+    int waiting         # edges and deliveries still to come
+    int first_slot      # in pending
+    int first_edge      # in targets
+    char needed         # RUNS, RECEIVES
+    char queued         # is or was in the ready heap
+
+
+cdef struct Ready:
+    unsigned long long sequence
+    int visit
+
+
+cdef class GraphTask:
+    cdef list keep                  # root nodes and sends
+    cdef Visit *visits
+    cdef int n_visits, room_visits
+    cdef int *buckets               # open addressing: node address -> visit + 1
+    cdef int n_buckets
+    cdef int *targets               # for each edge of each visit the visit it leads to, or -1
+    cdef int *places                # for each edge its place in held, or -1; NULL without sends
+    cdef int n_edges, room_edges
+    cdef PyObject **pending         # counted gradients, one a slot
+    cdef int *held_range            # for each slot its places in held: first and end
+    cdef PyObject **held            # contributions kept apart to be added in edge order
+    cdef int n_slots, n_held
+    cdef Ready *heap                # what can run, latest node first
+    cdef int n_heap, room_heap
+    cdef int remaining              # visits that have not run
+    cdef dict undelivered           # send -> visit
+    cdef dict wanted                # visit -> [(slot, position in captured)]
+    cdef list complete              # boundary nodes to hand out by run
+    cdef GradientTable table
+    cdef bint retain
+    cdef bint create
+    cdef readonly list captured     # gradients of inputs=
+    cdef readonly str failed_node
+    # methods, in the order of the file
+    cdef list start_at(self, roots, sends)
+    cdef int lookup(self, PyObject *node) noexcept
+    cdef int visit(self, PyObject *node) except -1
+    cdef int rehash(self) except -1
+    cdef int count(self) except -1
+    cdef int want(self, tuple inputs) except -1
+    cdef int order_sums(self, list starts) except -1
+    cdef void place_edges(self, int *next_place) noexcept
+    cdef int slot_of(self, int index, int k) noexcept
+    cdef int seed(self, list starts) except -1
+    cdef int enqueue_if_ready(self, int index) except -1
+    cdef int pop(self) noexcept
+    cdef int put(self, int slot, int place, object gradient) except -1
+    cdef object take(self, int slot)
+    cdef int add_held(self, int slot) except -1
+    cdef int contribute(self, int index, int k, object gradient) except -1
+    cdef int step(self, int index) except -1
+    cdef int skip(self, int index) except -1
+    cdef int capture(self, int index, list grads) except -1
+    cdef int step_leaf(self, int index, AccumulateGrad node, list grads) except -1
+    cdef int run_apply(self, int index, Node node, list grads) except -1
+    cdef int run_rules(self, int index, OpNode node, object gradient) except -1
+    cdef object run_rule(self, int index, OpNode node, int k, PyObject **stack)
+
+
+cdef object seed_of(TensorBase root, object gradient, bint create)

@@ -1,0 +1,17 @@
+"""Gradients: brought into shape, added up, and stored at leaves."""
+
+from cpython.object cimport PyObject
+
+from distgrad._core.node cimport AccumulateGrad, Meta, Node, TensorBase
+
+
+cdef class GradientTable:
+    cdef dict entries               # leaf -> ndarray, or Tensor once handed out
+
+
+cdef object sum_axes(object gradient, tuple shape)
+cdef object fit(object gradient, Meta *meta, Node node, bint create)
+cdef object add_gradients(PyObject *first, PyObject *second, bint create)
+cdef int store_gradient(TensorBase leaf, PyObject *gradient) except -1
+cdef int tabulate(GradientTable table, TensorBase leaf, PyObject *gradient) except -1
+cdef int accumulate(AccumulateGrad node, PyObject *gradient, GradientTable table) except -1

@@ -1,0 +1,182 @@
+"""Gradients: brought into shape, added up, and stored at leaves."""
+
+cimport numpy as cnp
+from cpython.object cimport PyObject
+
+from distgrad._core.node cimport (
+    AccumulateGrad, Meta, Node, TensorBase, mark_written, meta_dtype, meta_shape, same_meta, wrap,
+)
+
+import numpy as np
+
+from distgrad.errors import GraphError
+
+cnp.import_array()
+
+cdef extern from "Python.h":
+    object PyObject_Vectorcall(object callable, PyObject **args, size_t n, PyObject *names)
+    PyObject *PyDict_GetItemWithError(object table, object key) except? NULL
+    Py_ssize_t Py_REFCNT(PyObject *object) noexcept
+    int PyThread_acquire_lock(void *lock, int wait) noexcept nogil
+    void PyThread_release_lock(void *lock) noexcept nogil
+
+cdef object numpy_add = np.add
+
+
+cdef inline bint is_exclusive(PyObject *array) noexcept:
+    """Invariant 5, for an array of which the caller holds one reference."""
+    return (
+        Py_REFCNT(array) == 1
+        and cnp.PyArray_CheckExact(<object>array)
+        and cnp.PyArray_CHKFLAGS(
+            <cnp.ndarray>array, cnp.NPY_ARRAY_OWNDATA | cnp.NPY_ARRAY_WRITEABLE)
+    )
+
+
+cdef object sum_axes(object gradient, tuple shape):
+    """Undo broadcasting: sum `gradient` (array or Tensor) down to `shape`."""
+    cdef int extra = gradient.ndim - len(shape)
+    if extra < 0:
+        return None
+    axes = [i for i in range(gradient.ndim)
+            if i < extra or (shape[i - extra] == 1 and gradient.shape[i] != 1)]
+    if axes:
+        gradient = gradient.sum(axis=tuple(axes), keepdims=True)
+    if gradient.shape[extra:] != shape:
+        return None
+    return gradient.reshape(shape) if extra else gradient
+
+
+cdef object fit(object gradient, Meta *meta, Node node, bint create):
+    """Bring a gradient to the shape and dtype of the value it belongs to, or raise."""
+    if create:
+        if not isinstance(gradient, TensorBase):
+            gradient = wrap(np.asarray(gradient))
+    else:
+        if isinstance(gradient, TensorBase):
+            gradient = (<TensorBase>gradient).array
+        elif type(gradient) is not np.ndarray:
+            gradient = np.asarray(gradient)
+    if meta.ndim < 0:
+        return gradient
+    cdef cnp.ndarray array = (<TensorBase>gradient).array if create else gradient
+    if same_meta(meta, array):
+        return gradient
+    shape = meta_shape(meta)
+    fitted = gradient if gradient.shape == shape else sum_axes(gradient, shape)
+    if fitted is None:
+        raise GraphError(
+            f"cannot use a gradient of {node.name()}: it has shape {gradient.shape}, "
+            f"the value it belongs to {shape}"
+        )
+    dtype = meta_dtype(meta)
+    if fitted.dtype.kind == "c" and dtype.kind != "c":
+        fitted = fitted.real
+    if fitted.dtype != dtype:
+        fitted = fitted.astype(dtype)
+    return fitted if create else np.asarray(fitted)
+
+
+cdef object add_gradients(PyObject *first, PyObject *second, bint create):
+    """Sum of two gradients of one slot; either is overwritten if it is exclusive."""
+    cdef PyObject *args[3]
+    cdef size_t n = 3
+    if create:
+        return <object>first + <object>second
+    args[0] = first
+    args[1] = second
+    if is_exclusive(first):
+        args[2] = first
+    elif is_exclusive(second):
+        args[2] = second
+    else:
+        n = 2
+    total = PyObject_Vectorcall(numpy_add, args, n, NULL)
+    return total if cnp.PyArray_CheckExact(total) else np.asarray(total)
+
+
+# ---------------------------------------------------------------- gradients of leaves
+
+cdef int store_gradient(TensorBase leaf, PyObject *gradient) except -1:
+    """Add to ``.grad``: take an exclusive array, copy a shared one, then add in place."""
+    cdef TensorBase old = <TensorBase>leaf.gradient
+    if old is None:
+        if isinstance(<object>gradient, TensorBase):
+            leaf.gradient = <object>gradient
+        elif is_exclusive(gradient):
+            leaf.gradient = wrap(<object>gradient)
+        else:
+            leaf.gradient = wrap(np.array(<object>gradient, order="K"))
+    elif (isinstance(<object>gradient, TensorBase) or old.needs
+            or not cnp.PyArray_ISWRITEABLE(old.array)):
+        leaf.gradient = old + <object>gradient
+    else:
+        numpy_add(old.array, <object>gradient, out=old.array)
+        mark_written(old, "backward")
+    return 0
+
+
+cdef class GradientTable:
+    """Gradients of leaves, kept apart from ``.grad``: those of one autograd context.
+
+    An arriving array is kept as it is and not written while anybody else can see it; the
+    second contribution allocates, later ones add in place. Passes may accumulate from
+    several threads at once: the leaf's AccumulateGrad takes its lock.
+    """
+
+    def __cinit__(self):
+        self.entries = {}
+
+    def __len__(self):
+        return len(self.entries)
+
+    def clear(self):
+        """Forget all gradients."""
+        self.entries.clear()
+
+    def get(self, TensorBase leaf not None):
+        """Return the gradient of a leaf as a Tensor, or None."""
+        cdef PyObject *entry = PyDict_GetItemWithError(self.entries, leaf)
+        if entry == NULL:
+            return None
+        if not isinstance(<object>entry, TensorBase):
+            if Py_REFCNT(entry) > 1 or not cnp.PyArray_ISWRITEABLE(<cnp.ndarray>entry):
+                self.entries[leaf] = wrap((<object>entry).copy())
+            else:
+                self.entries[leaf] = wrap(<object>entry)
+        return self.entries[leaf]
+
+    def as_dict(self):
+        """Return {leaf: gradient}, in order of their arrival."""
+        return {leaf: self.get(leaf) for leaf in list(self.entries)}
+
+
+cdef int tabulate(GradientTable table, TensorBase leaf, PyObject *gradient) except -1:
+    """Add to the leaf's entry, of which the table alone has a reference or others see it."""
+    cdef PyObject *entry = PyDict_GetItemWithError(table.entries, leaf)
+    if entry == NULL:
+        table.entries[leaf] = <object>gradient
+    elif not isinstance(<object>entry, TensorBase):
+        total = add_gradients(entry, gradient, isinstance(<object>gradient, TensorBase))
+        if <PyObject *>total != entry:
+            table.entries[leaf] = total
+    elif isinstance(<object>gradient, TensorBase):
+        table.entries[leaf] = <object>entry + <object>gradient
+    else:
+        table.entries[leaf] = wrap(numpy_add((<TensorBase>entry).array, <object>gradient))
+    return 0
+
+
+cdef int accumulate(AccumulateGrad node, PyObject *gradient, GradientTable table) except -1:
+    """Add a gradient of a leaf to the table, or to ``.grad`` without one."""
+    if not PyThread_acquire_lock(node.lock, 0):
+        with nogil:
+            PyThread_acquire_lock(node.lock, 1)
+    try:
+        if table is None:
+            store_gradient(node.variable, gradient)
+        else:
+            tabulate(table, node.variable, gradient)
+    finally:
+        PyThread_release_lock(node.lock)
+    return 0

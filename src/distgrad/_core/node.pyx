@@ -1,0 +1,878 @@
+"""Nodes, operations and what they record: the graph.
+
+Operations run on plain arrays; if an argument requires grad, an OpNode is recorded
+that keeps what the gradient rules of the operation read.
+"""
+
+cimport cython
+cimport numpy as cnp
+from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Malloc
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_INCREF, Py_XDECREF, Py_XINCREF
+from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
+
+import operator
+from contextlib import ContextDecorator
+
+import numpy as np
+
+from distgrad.errors import GraphError
+
+cnp.import_array()
+
+cdef extern from *:
+    """
+    /* Graphs are chains of any length: what a dying node or tensor held is released from
+       a list by the outermost release of the thread, so that freeing never recurses. */
+    static _Thread_local struct {
+        PyObject **items; Py_ssize_t used, room; int busy;
+    } dg_dying;
+
+    static int dg_defer(PyObject *object) {
+        if (dg_dying.used == dg_dying.room) {
+            Py_ssize_t room = dg_dying.room ? 2 * dg_dying.room : 64;
+            PyObject **items = realloc(dg_dying.items, room * sizeof(PyObject *));
+            if (!items) return 0;
+            dg_dying.items = items;
+            dg_dying.room = room;
+        }
+        dg_dying.items[dg_dying.used++] = object;
+        return 1;
+    }
+
+    static void dg_release(PyObject *object) {
+        if (!object) return;
+        if (Py_REFCNT(object) > 1) { Py_DECREF(object); return; }
+        if (dg_dying.busy) {
+            if (!dg_defer(object)) Py_DECREF(object);
+            return;
+        }
+        dg_dying.busy = 1;
+        Py_DECREF(object);
+        while (dg_dying.used) {
+            PyObject *next = dg_dying.items[--dg_dying.used];
+            Py_DECREF(next);
+        }
+        dg_dying.busy = 0;
+    }
+
+    static unsigned long long dg_sequence_counter;
+    static inline unsigned long long dg_next_sequence(void) {
+        return __atomic_add_fetch(&dg_sequence_counter, 1, __ATOMIC_RELAXED);
+    }
+
+    static inline PyObject *dg_new(PyObject *type, PyObject *args) {
+        return ((PyTypeObject *)type)->tp_new((PyTypeObject *)type, args, NULL);
+    }
+    """
+    object dg_new(object type, tuple args)
+    void dg_release(PyObject *object) noexcept
+    unsigned long long dg_next_sequence() noexcept nogil
+
+cdef extern from "Python.h":
+    PyObject *Py_True
+    object PyContextVar_New(const char *name, PyObject *default)
+    int PyContextVar_Get(PyObject *var, PyObject *default, PyObject **value) except -1
+    object PyContextVar_Set(object var, object value)
+    int PyContextVar_Reset(object var, object token) except -1
+    object PyObject_Vectorcall(object callable, PyObject **args, size_t n, PyObject *names)
+    object PyObject_Call(object callable, object args, PyObject *kwargs)
+    void *PyThread_allocate_lock() noexcept
+    void PyThread_free_lock(void *lock) noexcept
+
+cdef object grad_mode = PyContextVar_New(b"distgrad.grad_mode", Py_True)
+
+
+# ---------------------------------------------------------------- grad mode
+
+cdef bint grad_enabled() except -1:
+    cdef PyObject *value = NULL
+    PyContextVar_Get(<PyObject *>grad_mode, NULL, &value)
+    cdef bint enabled = value == Py_True
+    Py_XDECREF(value)
+    return enabled
+
+
+def is_grad_enabled() -> bool:
+    """Tell whether operations are recorded in this thread or task."""
+    return grad_enabled()
+
+
+class _GradMode(ContextDecorator):
+    """Switch recording on or off inside a ``with`` block or a decorated function."""
+
+    mode = True
+
+    def __init__(self):
+        self._tokens = []
+
+    def __enter__(self):
+        self._tokens.append(PyContextVar_Set(grad_mode, bool(self.mode)))
+        return self
+
+    def __exit__(self, *exc):
+        PyContextVar_Reset(grad_mode, self._tokens.pop())
+
+    def _recreate_cm(self):
+        return type(self)()
+
+
+class no_grad(_GradMode):
+    """Do not record operations: context manager and decorator."""
+
+    mode = False
+
+
+class enable_grad(_GradMode):
+    """Record operations, also inside `no_grad`: context manager and decorator."""
+
+
+class set_grad_enabled(_GradMode):
+    """Switch recording at once; as a context manager, restore it on leaving.
+
+    Parameters
+    ----------
+    mode
+        Whether operations are recorded.
+    """
+
+    def __init__(self, mode):
+        super().__init__()
+        self.mode = bool(mode)
+        self._tokens.append(PyContextVar_Set(grad_mode, self.mode))
+
+    def __enter__(self):
+        return self
+
+    def __call__(self, function):
+        self.__exit__()
+        return super().__call__(function)
+
+    def _recreate_cm(self):
+        return type(self)(self.mode)
+
+
+# ---------------------------------------------------------------- what a slot takes
+
+cdef int describe(Meta *meta, cnp.ndarray array) except -1:
+    cdef int i, ndim = cnp.PyArray_NDIM(array)
+    meta.ndim = ndim
+    meta.typenum = cnp.PyArray_TYPE(array)
+    if ndim > NEAR_DIMS and meta.far == NULL:
+        meta.far = <cnp.npy_intp *>PyMem_Malloc(cnp.NPY_MAXDIMS * 2 * sizeof(cnp.npy_intp))
+        if meta.far == NULL:
+            raise MemoryError()
+    cdef cnp.npy_intp *dims = meta_dims(meta)
+    for i in range(ndim):
+        dims[i] = cnp.PyArray_DIM(array, i)
+    return 0
+
+
+cdef tuple meta_shape(Meta *meta):
+    return tuple([meta_dims(meta)[i] for i in range(meta.ndim)])
+
+
+cdef object meta_dtype(Meta *meta):
+    return cnp.PyArray_DescrFromType(meta.typenum)
+
+
+# ---------------------------------------------------------------- nodes
+
+cdef class Spec:
+    """Shape and dtype of an argument whose value was not saved."""
+
+    @property
+    def ndim(self):
+        return len(self.shape)
+
+    @property
+    def size(self):
+        size = 1
+        for extent in self.shape:
+            size *= extent
+        return size
+
+
+@cython.freelist(512)
+cdef class TensorBase:
+    """What a Tensor consists of; its behaviour is in tensor.pyx."""
+
+    def __dealloc__(self):
+        dg_release(self.node)
+
+
+cdef class Hooks:
+    """Callbacks of a node or of a leaf."""
+
+    def __cinit__(self):
+        self.tensor = {}
+        self.before = []
+        self.after = []
+        self.stored = []
+        self.retained = {}
+
+
+class RemovableHandle:
+    """What registering a hook returns; `remove` takes the hook away again."""
+
+    def __init__(self, hooks, hook):
+        self._hooks = hooks
+        self._hook = hook
+
+    def remove(self):
+        """Take the hook away; a second call does nothing."""
+        if self._hook in self._hooks:
+            self._hooks.remove(self._hook)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.remove()
+
+
+cdef object add_hook(list hooks, object hook):
+    if not callable(hook):
+        raise TypeError(f"cannot register a hook: {type(hook).__name__} is not callable")
+    hooks.append(hook)
+    return RemovableHandle(hooks, hook)
+
+
+@cython.no_gc
+cdef class Node:
+    """An operation of the graph; subclass it for operations that are not array functions.
+
+    Parameters
+    ----------
+    edges
+        Where gradients go: (node, gradient slot of that node), one for each argument;
+        the node may be None.
+    num_inputs
+        Number of gradient slots: outputs of the forward operation.
+    """
+
+    def __cinit__(self):
+        self.edges = self.near_edges
+        self.slots = &self.near_slot
+        self.near_slot.ndim = -1
+
+    def __init__(self, edges=(), num_inputs=1):
+        edges = tuple(edges)
+        make_room(self, len(edges), num_inputs)
+        for i, (node, slot) in enumerate(edges):
+            if node is not None and not 0 <= slot < (<Node?>node).n_slots:
+                raise ValueError(f"cannot connect {self.name()}: {node.name()} has no slot {slot}")
+            add_edge(self, None if node is None else <Node?>node, slot, i)
+        self.sequence = dg_next_sequence()
+
+    def __dealloc__(self):
+        cdef int i
+        for i in range(self.n_edges):
+            dg_release(self.edges[i].node)
+        for i in range(self.n_slots):
+            PyMem_Free(self.slots[i].far)
+        if self.edges != self.near_edges:
+            PyMem_Free(self.edges)
+        if self.slots != &self.near_slot:
+            PyMem_Free(self.slots)
+
+    def __repr__(self):
+        return f"<{self.name()} object at {id(self):#x}>"
+
+    def name(self):
+        """Name for people, such as ``MultiplyBackward``."""
+        return type(self).__name__
+
+    def apply(self, grads):
+        """Return the gradient for each edge, or None, from those of the slots.
+
+        Parameters
+        ----------
+        grads
+            One array (under ``create_graph`` a Tensor) or None for each slot.
+        """
+        raise NotImplementedError(f"cannot run {self.name()}: it has no apply")
+
+    def release(self):
+        """Drop saved values; called after `apply` in a pass that does not retain the graph."""
+
+    @property
+    def next_functions(self):
+        return tuple([
+            (<object>self.edges[i].node if self.edges[i].node != NULL else None,
+             self.edges[i].slot)
+            for i in range(self.n_edges)
+        ])
+
+    @property
+    def num_inputs(self):
+        return self.n_slots
+
+    @property
+    def metadata(self):
+        """A dictionary for whatever the user wants to remember with this node."""
+        if self.notes is None:
+            self.notes = {}
+        return self.notes
+
+    def register_hook(self, hook):
+        """Call ``hook(input_grads, output_grads)`` after the node ran.
+
+        Both are tuples of Tensors and None; a tuple returned replaces the first.
+        """
+        return add_hook(hooks_of(self).after, hook)
+
+    def register_prehook(self, hook):
+        """Call ``hook(output_grads)`` before the node runs; a tuple returned replaces it."""
+        return add_hook(hooks_of(self).before, hook)
+
+
+cdef Hooks hooks_of(Node node):
+    if node.hooks is None:
+        node.hooks = Hooks()
+    return node.hooks
+
+
+cdef int make_room(Node node, Py_ssize_t n_edges, Py_ssize_t n_slots) except -1:
+    """Allocate what does not fit into the node itself; slots are unknown at first."""
+    if n_edges > NEAR_EDGES:
+        node.edges = <Edge *>PyMem_Malloc(n_edges * sizeof(Edge))
+        if node.edges == NULL:
+            node.edges = node.near_edges
+            raise MemoryError()
+    if n_slots > 1:
+        node.slots = <Meta *>PyMem_Calloc(n_slots, sizeof(Meta))
+        if node.slots == NULL:
+            node.slots = &node.near_slot
+            raise MemoryError()
+    for i in range(n_slots):
+        node.slots[i].ndim = -1
+    node.n_slots = <int>n_slots
+    return 0
+
+
+cdef inline void add_edge(Node node, Node target, int slot, int argument) noexcept:
+    cdef Edge *edge = &node.edges[node.n_edges]
+    edge.node = NULL if target is None else <PyObject *>target
+    Py_XINCREF(edge.node)
+    edge.slot = slot
+    edge.argument = argument
+    node.n_edges += 1
+
+
+@cython.final
+@cython.no_gc
+cdef class AccumulateGrad(Node):
+    """The end of the graph: adds what arrives to the gradient of a leaf."""
+
+    def __cinit__(self):
+        self.n_slots = 1
+        self.lock = PyThread_allocate_lock()
+        if self.lock == NULL:
+            raise MemoryError()
+
+    def __init__(self):
+        raise TypeError("cannot create AccumulateGrad: use gradient_edge(tensor)")
+
+    def __dealloc__(self):
+        if self.variable is not None:
+            self.variable.accumulator = NULL
+        PyThread_free_lock(self.lock)
+
+
+cdef AccumulateGrad accumulator_of(TensorBase leaf):
+    cdef AccumulateGrad node
+    if leaf.accumulator != NULL:
+        return <AccumulateGrad>leaf.accumulator
+    node = AccumulateGrad.__new__(AccumulateGrad)
+    describe(&node.near_slot, leaf.array)
+    node.sequence = dg_next_sequence()
+    node.variable = leaf
+    leaf.accumulator = <PyObject *>node
+    return node
+
+
+cdef Node edge_of(TensorBase tensor):
+    if tensor.node != NULL:
+        return <Node>tensor.node
+    return accumulator_of(tensor)
+
+
+def gradient_edge(TensorBase tensor not None):
+    """Return where the gradient of a tensor goes: (node, gradient slot).
+
+    The node is the operation that made the tensor, or for a leaf its AccumulateGrad.
+    """
+    if not tensor.needs:
+        raise GraphError("cannot find a gradient edge: the tensor does not require grad")
+    return edge_of(tensor), tensor.slot
+
+
+def set_history(TensorBase tensor not None, Node node not None, int output_nr):
+    """Make a fresh tensor the output `output_nr` of `node`."""
+    if not 0 <= output_nr < node.n_slots:
+        raise ValueError(f"cannot set history: {node.name()} has no output {output_nr}")
+    if not is_inexact(cnp.PyArray_TYPE(tensor.array)):
+        raise GraphError(f"cannot set history: {tensor.array.dtype} has no gradient")
+    if tensor.node != NULL or tensor.accumulator != NULL:
+        raise GraphError("cannot set history: the tensor already is part of a graph")
+    attach(tensor, node, output_nr)
+
+
+cdef int attach(TensorBase tensor, Node node, int slot) except -1:
+    describe(&node.slots[slot], tensor.array)
+    Py_INCREF(node)
+    tensor.node = <PyObject *>node
+    tensor.slot = slot
+    tensor.needs = True
+    return 0
+
+
+# ---------------------------------------------------------------- operations
+
+cdef dict OPS = {}          # function -> Op
+cdef dict FUNCTIONS = {}    # function -> callable on tensors, for functions made of operations
+
+
+cdef class Op:
+    """A function on arrays with its gradient rules; calling it records the graph.
+
+    Parameters
+    ----------
+    function
+        Takes and returns arrays.
+    name
+        For graphs and errors; default the function's.
+    differentiable
+        False: results never require grad.
+    """
+
+    def __init__(self, function, name=None, differentiable=True):
+        self.function = function
+        self.name = name or function.__name__
+        self.doc = getattr(function, "__doc__", None)
+        self.differentiable = differentiable
+        self.rules = ()
+        for i in range(8):
+            self.needs[i] = NEED_ALL
+
+    @property
+    def __doc__(self):
+        return self.doc
+
+    @property
+    def __name__(self):
+        return self.name
+
+    @property
+    def has_rules(self):
+        return self.variadic is not None or len(self.rules) > 0
+
+    def define(self, *rules, needs=None, variadic=None):
+        """Set one gradient rule for each argument.
+
+        Parameters
+        ----------
+        rules
+            ``rule(g, ans, *args, **kwargs)`` returns the gradient of its argument for the
+            gradient `g` of the result `ans`; None for an argument without gradient. Rules need
+            not undo broadcasting: the engine sums gradients down to the argument's shape.
+        needs
+            For each rule what it reads: ``"x"``, ``"y"``, ``"z"`` the first arguments, ``"a"``
+            the result, ``"s"`` shapes of arguments (which are `Spec` then); default all.
+        variadic
+            Instead of rules, one for any argument: ``rule(position, g, ans, *args, **kwargs)``.
+        """
+        self.rules = rules
+        self.variadic = variadic
+        if needs is not None:
+            for i, names in enumerate(needs):
+                self.needs[i] = 0
+                for name in names:
+                    if name == "s":
+                        self.shapes = True
+                    else:
+                        self.needs[i] |= NEED_ANSWER if name == "a" else 1 << "xyz".index(name)
+
+    def __call__(self, *args, **kwargs):
+        return call_op(self, args, kwargs)
+
+
+def register(function, implementation):
+    """Make `implementation` (an `Op`, or a callable on tensors) what a function means.
+
+    It is used when NumPy's `function` is called with a Tensor.
+    """
+    if isinstance(implementation, Op):
+        OPS[function] = implementation
+    FUNCTIONS[function] = implementation
+
+
+def operation(function):
+    """Return the `Op` registered for an array function; make one without rules if there is none."""
+    op = OPS.get(function)
+    if op is None:
+        op = Op(function)
+        register(function, op)
+    return op
+
+
+def registered():
+    """Return a copy of the table of functions that work on tensors."""
+    return dict(FUNCTIONS)
+
+
+cdef object rule_of(Op op, int argument):
+    """The rule for an argument, or a TypeError that names the two ways out."""
+    if op.variadic is not None:
+        return op.variadic
+    if argument < len(op.rules):
+        rule = op.rules[argument]
+        if rule is not None:
+            return rule
+    raise TypeError(no_rule(op.name, f" for argument {argument}"))
+
+
+cdef str no_rule(str name, str what):
+    return (
+        f"cannot differentiate {name}: no gradient rule{what}\n"
+        "hint: pass tensor.detach() to leave it out of the graph, or wrap the function "
+        "in @distgrad.primitive and give it rules with defvjp"
+    )
+
+
+cdef inline unsigned int need_mask(Op op, int argument) noexcept:
+    return op.needs[argument] if argument < 8 else <unsigned int>NEED_ALL
+
+
+@cython.final
+@cython.no_gc
+cdef class OpNode(Node):
+    """A recorded call of an operation."""
+
+    def __init__(self):
+        raise TypeError("cannot create OpNode: operations record themselves")
+
+    def name(self):
+        return "".join([part.capitalize() for part in self.op.name.split("_")]) + "Backward"
+
+
+cdef OpNode new_node(Op op, Py_ssize_t n_args):
+    cdef OpNode node = OpNode.__new__(OpNode)
+    make_room(node, n_args, 1)
+    node.op = op
+    node.n_args = <int>n_args
+    return node
+
+
+cdef int connect(OpNode node, TensorBase tensor, int argument, unsigned int *mask) except -1:
+    rule_of(node.op, argument)
+    mask[0] |= need_mask(node.op, argument)
+    add_edge(node, edge_of(tensor), tensor.slot, argument)
+    return 0
+
+
+cdef object saved_argument(OpNode node, object value, int argument, unsigned int mask):
+    cdef TensorBase tensor
+    cdef Spec spec
+    if not isinstance(value, TensorBase):
+        return value
+    tensor = <TensorBase>value
+    if argument >= 31 or mask & (1u << argument):
+        if tensor.storage is not None:
+            node.writes += tensor.storage.writes
+        return value
+    if not node.op.shapes:
+        return None
+    spec = Spec.__new__(Spec)
+    spec.shape = np.shape(tensor.array)
+    spec.dtype = tensor.array.dtype
+    return spec
+
+
+cdef int save(OpNode node, tuple args, dict kwargs, object answer, unsigned int mask) except -1:
+    cdef int i
+    if (mask & ~<unsigned int>NEED_ANSWER) or node.op.shapes:
+        node.args = tuple([saved_argument(node, args[i], i, mask) for i in range(node.n_args)])
+    if kwargs:
+        node.kwargs = kwargs
+    if mask & <unsigned int>NEED_ANSWER:
+        node.answer = answer
+    node.sequence = dg_next_sequence()
+    return 0
+
+
+cdef tuple NO_ARGS = ()
+cdef type tensor_class = TensorBase     # Tensor, once tensor.pyx is loaded
+
+
+def set_tensor_class(cls):
+    """Tell which class results have; called once by the module of Tensor."""
+    global tensor_class
+    tensor_class = cls
+
+
+cdef TensorBase wrap(object result):
+    """A tensor without history over an array or scalar."""
+    cdef TensorBase tensor = <TensorBase>dg_new(tensor_class, NO_ARGS)
+    if not cnp.PyArray_CheckExact(result):
+        result = np.asarray(result)
+    tensor.array = <cnp.ndarray>result
+    return tensor
+
+
+cdef object unwrap(object value):
+    return (<TensorBase>value).array if isinstance(value, TensorBase) else value
+
+
+cdef int check_fresh(TensorBase tensor) except -1:
+    """A recorded in-place write through another tensor leaves this one without history."""
+    if tensor.storage is not None and tensor.storage.rebases != tensor.rebases:
+        raise GraphError(
+            f"cannot use a tensor: its memory was written by {tensor.storage.writer} through "
+            "another tensor in the graph",
+            hint="take the view again after the write",
+        )
+    return 0
+
+
+cdef object call_op(Op op, tuple args, dict kwargs):
+    """Run an operation on arrays, and record it if an argument requires grad."""
+    cdef Py_ssize_t i, n = PyTuple_GET_SIZE(args)
+    cdef TensorBase tensor
+    cdef bint tracked = False
+    values = []
+    for i in range(n):
+        value = <object>PyTuple_GET_ITEM(args, i)
+        if isinstance(value, TensorBase):
+            tensor = <TensorBase>value
+            check_fresh(tensor)
+            tracked |= tensor.needs
+            value = tensor.array
+        values.append(value)
+    if kwargs:
+        kwargs = {key: unwrap_constant(op, value) for key, value in kwargs.items()}
+    result = PyObject_Call(op.function, tuple(values), <PyObject *>kwargs if kwargs else NULL)
+    outputs = wrap_outputs(result, args)
+    if tracked and op.differentiable and grad_enabled():
+        record(op, args, kwargs, outputs)
+    return outputs
+
+
+cdef object unwrap_constant(Op op, object value):
+    if isinstance(value, TensorBase):
+        if (<TensorBase>value).needs and op.differentiable and grad_enabled():
+            raise TypeError(no_rule(op.name, " for keyword arguments"))
+        return (<TensorBase>value).array
+    return value
+
+
+cdef object wrap_outputs(object result, tuple args):
+    """Tensors for arrays and scalars; views share the storage of what they look at."""
+    if isinstance(result, (tuple, list)):
+        return tuple([wrap_outputs(part, args) for part in result])
+    if not isinstance(result, (np.ndarray, np.generic)):
+        return result
+    cdef TensorBase output = wrap(result)
+    base = (<object>output.array).base
+    for arg in args:
+        if isinstance(arg, TensorBase):
+            array = <object>(<TensorBase>arg).array
+            if array is <object>output.array or (
+                base is not None and (base is array or base is array.base)
+            ):
+                share_storage(output, <TensorBase>arg)
+                break
+    return output
+
+
+cdef int record(Op op, tuple args, dict kwargs, object outputs) except -1:
+    cdef OpNode node = new_node(op, PyTuple_GET_SIZE(args))
+    cdef unsigned int mask = 0
+    cdef int i
+    cdef bint many = isinstance(outputs, tuple)
+    for i in range(node.n_args):
+        value = args[i]
+        if isinstance(value, TensorBase) and (<TensorBase>value).needs:
+            connect(node, <TensorBase>value, i, &mask)
+    parts = outputs if many else (outputs,)
+    if many:
+        node.slots = NULL
+        make_room(node, 0, max(2, len(parts)))
+    answer = tuple([unwrap(part) for part in parts]) if many else unwrap(outputs)
+    save(node, args, kwargs, answer, mask)
+    for i, part in enumerate(parts):
+        if isinstance(part, TensorBase):
+            attach_output(<TensorBase>part, node, i)
+    return 0
+
+
+cdef int attach_output(TensorBase output, OpNode node, int slot) except -1:
+    if not is_inexact(cnp.PyArray_TYPE(output.array)):
+        return 0
+    attach(output, node, slot)
+    if node.answer is not None and output.storage is not None:
+        node.storage = output.storage
+        node.writes += output.storage.writes
+    return 0
+
+
+cdef object binary(Op op, object a, object b):
+    """A binary operator: `call_op` without its loops and containers."""
+    cdef PyObject *values[2]
+    cdef bint left = isinstance(a, TensorBase), right = isinstance(b, TensorBase)
+    cdef bint tracked = False
+    cdef TensorBase output
+    if left:
+        check_fresh(<TensorBase>a)
+        tracked |= (<TensorBase>a).needs
+        values[0] = <PyObject *>(<TensorBase>a).array
+    elif is_operand(a):
+        values[0] = <PyObject *>a
+    else:
+        return NotImplemented
+    if right:
+        check_fresh(<TensorBase>b)
+        tracked |= (<TensorBase>b).needs
+        values[1] = <PyObject *>(<TensorBase>b).array
+    elif is_operand(b):
+        values[1] = <PyObject *>b
+    else:
+        return NotImplemented
+    output = wrap(PyObject_Vectorcall(op.function, values, 2, NULL))
+    if tracked and op.differentiable and grad_enabled():
+        record_binary(op, a, b, output)
+    return output
+
+
+cdef inline bint is_operand(object value):
+    return (
+        isinstance(value, (float, int, np.ndarray, complex, np.generic, list, tuple))
+    )
+
+
+cdef int record_binary(Op op, object a, object b, TensorBase output) except -1:
+    cdef OpNode node = new_node(op, 2)
+    cdef unsigned int mask = 0
+    if isinstance(a, TensorBase) and (<TensorBase>a).needs:
+        connect(node, <TensorBase>a, 0, &mask)
+    if isinstance(b, TensorBase) and (<TensorBase>b).needs:
+        connect(node, <TensorBase>b, 1, &mask)
+    if (mask & 3) or op.shapes:
+        node.args = (saved_argument(node, a, 0, mask), saved_argument(node, b, 1, mask))
+    if mask & <unsigned int>NEED_ANSWER:
+        node.answer = output.array
+    node.sequence = dg_next_sequence()
+    if is_inexact(cnp.PyArray_TYPE(output.array)):
+        attach(output, node, 0)
+    return 0
+
+
+# ---------------------------------------------------------------- in-place writes
+
+cdef Storage storage_of(TensorBase tensor):
+    """The write counter of a tensor's memory, made when it is first shared or written."""
+    cdef OpNode node
+    if tensor.storage is None:
+        tensor.storage = Storage.__new__(Storage)
+        if tensor.node != NULL and type(<object>tensor.node) is OpNode:
+            node = <OpNode>tensor.node
+            if node.answer is not None and (
+                node.answer is tensor.array or type(node.answer) is tuple
+            ):
+                node.storage = tensor.storage
+    return tensor.storage
+
+
+cdef int share_storage(TensorBase view, TensorBase base) except -1:
+    view.storage = storage_of(base)
+    view.rebases = view.storage.rebases
+    view.is_view = True
+    return 0
+
+
+cdef int mark_written(TensorBase tensor, str writer) except -1:
+    cdef Storage storage = storage_of(tensor)
+    storage.writes += 1
+    storage.writer = writer
+    return 0
+
+
+cdef int check_writable(TensorBase tensor, str writer) except -1:
+    """A write that will be recorded needs a tensor whose history may be replaced."""
+    check_fresh(tensor)
+    if tensor.needs and tensor.node == NULL:
+        raise GraphError(
+            f"cannot record {writer} on a leaf that requires grad",
+            hint="write inside distgrad.no_grad(), or use a copy: tensor.clone()",
+        )
+    if tensor.is_view:
+        raise GraphError(
+            f"cannot record {writer} on a view: the tensor it looks at would lose the history",
+            hint="write through the tensor itself: tensor[index] = value",
+        )
+    return 0
+
+
+cdef int rebase(TensorBase tensor, Node node, int slot, str writer) except -1:
+    """Give a tensor whose memory was written the history of the write."""
+    cdef PyObject *old = tensor.node
+    cdef Storage storage
+    mark_written(tensor, writer)
+    storage = tensor.storage
+    storage.rebases += 1
+    tensor.rebases = storage.rebases
+    attach(tensor, node, slot)
+    dg_release(old)
+    return 0
+
+
+cdef object write_operator(Op op, TensorBase target, object other, str writer):
+    """``target op= other``."""
+    cdef TensorBase result
+    if not ((target.needs or (isinstance(other, TensorBase) and (<TensorBase>other).needs))
+            and grad_enabled()):
+        op.function(target.array, unwrap(other), out=target.array)
+        mark_written(target, writer)
+        return target
+    check_writable(target, writer)
+    result = binary(op, target, other)
+    if np.shape(result.array) != np.shape(target.array):
+        raise ValueError(f"cannot write {writer}: the result has shape {result.shape}, "
+                         f"the tensor {target.shape}")
+    np.copyto(target.array, result.array)
+    if result.array.dtype != target.array.dtype:
+        result = result.astype(target.array.dtype)
+    rebase(target, <Node>result.node, result.slot, writer)
+    return target
+
+
+cdef int write_item(TensorBase target, object index, object value) except -1:
+    cdef OpNode node
+    cdef unsigned int mask = 0
+    cdef bint tracked = target.needs or (isinstance(value, TensorBase) and (<TensorBase>value).needs)
+    plain_index = unwrap_index(index)
+    if not (tracked and grad_enabled()):
+        target.array[plain_index] = unwrap(value)
+        return mark_written(target, "__setitem__")
+    check_writable(target, "__setitem__")
+    node = new_node(<Op?>OPS[operator.setitem], 3)
+    if target.needs:
+        connect(node, target, 0, &mask)
+    if isinstance(value, TensorBase) and (<TensorBase>value).needs:
+        check_fresh(<TensorBase>value)
+        connect(node, <TensorBase>value, 1, &mask)
+    args = (target, value if isinstance(value, TensorBase) else wrap(value), plain_index)
+    save(node, args, None, None, mask)
+    target.array[plain_index] = unwrap(value)
+    return rebase(target, node, 0, "__setitem__")
+
+
+cdef object unwrap_index(object index):
+    if isinstance(index, TensorBase):
+        return (<TensorBase>index).array
+    if type(index) is tuple:
+        return tuple([unwrap_index(part) for part in index])
+    if type(index) is list:
+        return [unwrap_index(part) for part in index]
+    return index

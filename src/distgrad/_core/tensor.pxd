@@ -1,0 +1,7 @@
+"""Tensor for other extensions."""
+
+from distgrad._core.node cimport TensorBase
+
+
+cdef class Tensor(TensorBase):
+    pass

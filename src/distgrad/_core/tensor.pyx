@@ -1,0 +1,586 @@
+"""Tensor: operators, NumPy's protocols and methods over the recorded graph."""
+
+from cpython.object cimport PyObject
+
+cimport numpy as cnp
+
+from distgrad._core.engine cimport GraphTask, seed_of
+from distgrad._core.gradient cimport store_gradient
+from distgrad._core.node cimport (
+    FUNCTIONS, OPS, Hooks, Node, Op, TensorBase, add_hook, binary, call_op, grad_enabled,
+    hooks_of, is_inexact, mark_written, no_rule, share_storage, unwrap, unwrap_index, wrap,
+    wrap_outputs, write_item, write_operator,
+)
+
+import operator
+import weakref
+
+import numpy as np
+
+from distgrad._core.node import operation, register, set_tensor_class
+from distgrad.errors import GraphError
+
+cnp.import_array()
+
+
+# ---------------------------------------------------------------- NumPy's protocols
+
+cdef object strip(object value, str name):
+    """Replace tensors by arrays in nested arguments of a function without rule."""
+    if isinstance(value, Tensor):
+        if (<TensorBase>value).needs and grad_enabled():
+            raise TypeError(no_rule(name, ""))
+        return (<TensorBase>value).array
+    if type(value) is tuple or type(value) is list:
+        return type(value)([strip(part, name) for part in value])
+    if type(value) is dict:
+        return {key: strip(part, name) for key, part in value.items()}
+    return value
+
+
+cdef object call_function(object function, tuple args, dict kwargs):
+    implementation = FUNCTIONS.get(function)
+    if implementation is not None:
+        return implementation(*args, **kwargs)
+    module = getattr(function, "__module__", None) or "numpy"
+    name = f"{module}.{function.__name__}"
+    result = function(*strip(args, name), **strip(kwargs, name))
+    return wrap_outputs(result, ())
+
+
+cdef object call_ufunc(object ufunc, str method, tuple inputs, dict kwargs):
+    cdef Op op = OPS.get(ufunc)
+    if method == "__call__" and not kwargs:
+        if op is not None:
+            return call_op(op, inputs, None)
+        return call_function(ufunc, inputs, kwargs)
+    special = FUNCTIONS.get((ufunc, method))
+    if special is None:
+        special = FUNCTIONS.get(method) if op is not None else None
+        if special is not None:
+            return special(ufunc, *inputs, **kwargs)
+    if special is not None:
+        return special(*inputs, **kwargs)
+    name = f"numpy.{ufunc.__name__}" + ("" if method == "__call__" else f".{method}")
+    result = getattr(ufunc, method)(*strip(inputs, name), **strip(kwargs, name))
+    return wrap_outputs(result, ())
+
+
+# ---------------------------------------------------------------- tensors
+
+cdef Op ADD = operation(np.add)
+cdef Op SUBTRACT = operation(np.subtract)
+cdef Op MULTIPLY = operation(np.multiply)
+cdef Op DIVIDE = operation(np.true_divide)
+cdef Op POWER = operation(np.power)
+cdef Op MATMUL = operation(np.matmul)
+cdef Op REMAINDER = operation(np.remainder)
+cdef Op NEGATIVE = operation(np.negative)
+cdef Op ABSOLUTE = operation(np.absolute)
+
+
+cdef Op plain(object function):
+    op = Op(function, differentiable=False)
+    register(function, op)
+    return op
+
+
+cdef Op FLOOR_DIVIDE = plain(np.floor_divide)
+cdef Op BITWISE_AND = plain(np.bitwise_and)
+cdef Op BITWISE_OR = plain(np.bitwise_or)
+cdef Op BITWISE_XOR = plain(np.bitwise_xor)
+cdef Op INVERT = plain(np.invert)
+cdef tuple COMPARISONS = tuple([plain(getattr(np, name)) for name in (
+    "less", "less_equal", "equal", "not_equal", "greater", "greater_equal")])    # Py_LT ... Py_GE
+
+
+cdef class Tensor(TensorBase):
+    """An array that remembers how it was made.
+
+    Parameters
+    ----------
+    data
+        Array or anything `numpy.asarray` takes; an array is not copied.
+    requires_grad
+        Record operations on this tensor; only float and complex dtypes.
+    """
+
+    __array_priority__ = 1000
+
+    def __init__(self, data, requires_grad=False):
+        array = unwrap(data)
+        self.array = array if cnp.PyArray_CheckExact(array) else np.array(array, subok=False)
+        if requires_grad:
+            self.requires_grad_()
+
+    # -- state
+
+    @property
+    def data(self):
+        return self.array
+
+    @data.setter
+    def data(self, value):
+        array = np.asarray(unwrap(value))
+        if np.shape(array) != np.shape(self.array) or array.dtype != self.array.dtype:
+            raise ValueError(
+                f"cannot set data: {array.dtype}{np.shape(array)} is not "
+                f"{self.array.dtype}{np.shape(self.array)}"
+            )
+        mark_written(self, "data")
+        self.array = array
+
+    @property
+    def grad(self):
+        return self.gradient
+
+    @grad.setter
+    def grad(self, value):
+        if value is not None:
+            if not isinstance(value, Tensor):
+                raise TypeError(f"cannot set grad: {type(value).__name__} is not a Tensor")
+            if value.shape != self.shape or value.dtype != self.dtype:
+                raise ValueError(f"cannot set grad: {value.dtype}{value.shape} is not "
+                                 f"{self.dtype}{self.shape}")
+        self.gradient = value
+
+    @property
+    def grad_fn(self):
+        return <object>self.node if self.node != NULL else None
+
+    @property
+    def is_leaf(self):
+        return self.node == NULL
+
+    @property
+    def requires_grad(self):
+        return self.needs
+
+    @requires_grad.setter
+    def requires_grad(self, value):
+        self.requires_grad_(value)
+
+    @property
+    def output_nr(self):
+        return self.slot
+
+    @property
+    def shape(self):
+        return (<object>self.array).shape
+
+    @property
+    def dtype(self):
+        return (<object>self.array).dtype
+
+    @property
+    def ndim(self):
+        return cnp.PyArray_NDIM(self.array)
+
+    @property
+    def size(self):
+        return cnp.PyArray_SIZE(self.array)
+
+    @property
+    def nbytes(self):
+        return cnp.PyArray_NBYTES(self.array)
+
+    @property
+    def itemsize(self):
+        return cnp.PyArray_ITEMSIZE(self.array)
+
+    @property
+    def device(self):
+        return "cpu"
+
+    @property
+    def T(self):
+        return call_function(np.transpose, (self,), {})
+
+    @property
+    def mT(self):
+        return call_function(np.matrix_transpose, (self,), {})
+
+    @property
+    def real(self):
+        return call_function(np.real, (self,), {})
+
+    @property
+    def imag(self):
+        return call_function(np.imag, (self,), {})
+
+    @property
+    def at(self):
+        """``t.at[index].set(value)`` and ``.add(value)``: written copies of the tensor."""
+        return FUNCTIONS["at"](self)
+
+    def requires_grad_(self, requires_grad=True):
+        """Set whether operations on this leaf are recorded; returns the tensor."""
+        if requires_grad and not is_inexact(cnp.PyArray_TYPE(self.array)):
+            raise GraphError(
+                f"cannot require grad: {self.array.dtype} has no gradient",
+                hint="only float16/32/64 and complex64/128 do: tensor.astype(float)",
+            )
+        if not requires_grad and self.node != NULL:
+            raise GraphError("cannot change requires_grad: the tensor was computed",
+                             hint="use tensor.detach()")
+        self.needs = requires_grad
+        return self
+
+    def detach(self):
+        """Return a tensor over the same memory that has no history."""
+        cdef Tensor tensor = wrap(self.array)
+        share_storage(tensor, self)
+        tensor.is_view = self.is_view
+        return tensor
+
+    def clone(self):
+        """Return a copy, recorded in the graph."""
+        return call_function(np.copy, (self,), {})
+
+    def numpy(self):
+        """Return the array itself, not a copy; refused if the tensor requires grad."""
+        if self.needs:
+            raise GraphError("cannot hand out the array: the tensor requires grad",
+                             hint="tensor.detach().numpy()")
+        return self.array
+
+    def item(self, *args):
+        """Return one element as a Python scalar."""
+        return self.array.item(*args)
+
+    def tolist(self):
+        """Return the elements as nested lists."""
+        return self.array.tolist()
+
+    def astype(self, dtype, copy=True):
+        """Return the tensor in another dtype; gradients are cast back."""
+        return FUNCTIONS["astype"](self, dtype, copy=copy)
+
+    def to(self, device):
+        """Return the tensor on another device; only ``"cpu"`` exists so far."""
+        if device is not None and device != "cpu":
+            raise ValueError(f"cannot move a tensor to {device!r}: only 'cpu' is known")
+        return self
+
+    # -- gradients
+
+    def backward(self, gradient=None, *, retain_graph=None, create_graph=False, inputs=None):
+        """Add the gradients of this tensor to ``.grad`` of the leaves it depends on.
+
+        Parameters
+        ----------
+        gradient
+            Of some scalar with respect to this tensor, in its shape; may be left out if the
+            tensor has one element.
+        retain_graph
+            Keep saved values for another pass; default `create_graph`.
+        create_graph
+            Record the pass itself, for higher derivatives.
+        inputs
+            Only these tensors get gradients.
+        """
+        cdef int i
+        if inputs is not None:
+            inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        task = GraphTask([(self, seed_of(self, gradient, create_graph))],
+                         retain_graph=retain_graph, create_graph=create_graph, inputs=inputs)
+        task.run()
+        if inputs is not None:
+            for i, found in enumerate(task.captured):
+                if found is not None:
+                    store_gradient(<Tensor?>inputs[i], <PyObject *>found)
+
+    def retain_grad(self):
+        """Keep ``.grad`` although the tensor is not a leaf."""
+        if not self.needs:
+            raise GraphError("cannot retain grad: the tensor does not require grad")
+        if self.node != NULL:
+            hooks_of(<Node>self.node).retained[self.slot] = weakref.ref(self)
+
+    def register_hook(self, hook):
+        """Call ``hook(gradient)`` in each pass; a Tensor it returns replaces the gradient."""
+        if not self.needs:
+            raise GraphError("cannot register a hook: the tensor does not require grad")
+        hooks = leaf_hooks(self) if self.node == NULL else hooks_of(<Node>self.node)
+        return add_hook((<Hooks>hooks).tensor.setdefault(self.slot, []), hook)
+
+    def register_post_accumulate_grad_hook(self, hook):
+        """Call ``hook(tensor)`` after a pass wrote ``.grad`` of this leaf."""
+        if not self.needs or self.node != NULL:
+            raise GraphError("cannot register a hook: the tensor is not a leaf that requires grad")
+        return add_hook(leaf_hooks(self).stored, hook)
+
+    # -- NumPy's protocols
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.numpy(), dtype=dtype, copy=copy)
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        return call_ufunc(ufunc, method, inputs, kwargs)
+
+    def __array_function__(self, function, types, args, kwargs):
+        return call_function(function, args, kwargs)
+
+    def __dlpack__(self, **kwargs):
+        return self.numpy().__dlpack__(**kwargs)
+
+    def __dlpack_device__(self):
+        return (<object>self.array).__dlpack_device__()
+
+    def __array_namespace__(self, *, api_version=None):
+        from distgrad import xp
+        return xp
+
+    # -- Python's protocols
+
+    def __repr__(self):
+        prefix = "tensor("
+        text = np.array2string(self.array, separator=", ", prefix=prefix)
+        notes = [text]
+        if self.array.dtype not in (np.float64, np.int64, np.bool_, np.complex128):
+            notes.append(f"dtype={self.array.dtype}")
+        if self.node != NULL:
+            notes.append(f"grad_fn=<{(<Node>self.node).name()}>")
+        elif self.needs:
+            notes.append("requires_grad=True")
+        return f"{prefix}{', '.join(notes)})"
+
+    def __hash__(self):
+        return <Py_ssize_t>(<size_t><PyObject *>self >> 4)
+
+    def __len__(self):
+        return len(self.array)
+
+    def __bool__(self):
+        return bool(self.array)
+
+    def __int__(self):
+        return int(self.array)
+
+    def __index__(self):
+        return operator.index(self.array)
+
+    def __float__(self):
+        return float(self.array)
+
+    def __complex__(self):
+        return complex(self.array)
+
+    def __contains__(self, value):
+        return unwrap(value) in self.array
+
+    def __iter__(self):
+        if cnp.PyArray_NDIM(self.array) == 0:
+            raise TypeError("cannot iterate over a tensor without dimensions")
+        return iter([self[i] for i in range(len(self.array))])
+
+    def __getitem__(self, index):
+        return call_op(<Op?>OPS[operator.getitem], (self, unwrap_index(index)), None)
+
+    def __setitem__(self, index, value):
+        write_item(self, index, value)
+
+    def __format__(self, spec):
+        return format(self.array if cnp.PyArray_NDIM(self.array) else self.item(), spec)
+
+    def __copy__(self):
+        return self.clone()
+
+    def __deepcopy__(self, memo):
+        if self.node != NULL:
+            raise GraphError("cannot deep-copy a tensor that was computed",
+                             hint="copy tensor.detach(), or use tensor.clone()")
+        return type(self)(self.array.copy(), requires_grad=self.needs)
+
+    def __reduce__(self):
+        if self.node != NULL:
+            raise GraphError("cannot pickle a tensor that was computed",
+                             hint="pickle tensor.detach()")
+        return type(self), (self.array, self.needs)
+
+    # -- operators
+
+    def __add__(self, other):
+        return binary(ADD, self, other)
+
+    def __radd__(self, other):
+        return binary(ADD, other, self)
+
+    def __iadd__(self, other):
+        return write_operator(ADD, self, other, "__iadd__")
+
+    def __sub__(self, other):
+        return binary(SUBTRACT, self, other)
+
+    def __rsub__(self, other):
+        return binary(SUBTRACT, other, self)
+
+    def __isub__(self, other):
+        return write_operator(SUBTRACT, self, other, "__isub__")
+
+    def __mul__(self, other):
+        return binary(MULTIPLY, self, other)
+
+    def __rmul__(self, other):
+        return binary(MULTIPLY, other, self)
+
+    def __imul__(self, other):
+        return write_operator(MULTIPLY, self, other, "__imul__")
+
+    def __truediv__(self, other):
+        return binary(DIVIDE, self, other)
+
+    def __rtruediv__(self, other):
+        return binary(DIVIDE, other, self)
+
+    def __itruediv__(self, other):
+        return write_operator(DIVIDE, self, other, "__itruediv__")
+
+    def __pow__(self, other, modulo):
+        if modulo is not None:
+            return NotImplemented
+        return binary(POWER, self, other)
+
+    def __rpow__(self, other, modulo):
+        return binary(POWER, other, self)
+
+    def __ipow__(self, other):
+        return write_operator(POWER, self, other, "__ipow__")
+
+    def __matmul__(self, other):
+        return binary(MATMUL, self, other)
+
+    def __rmatmul__(self, other):
+        return binary(MATMUL, other, self)
+
+    def __mod__(self, other):
+        return binary(REMAINDER, self, other)
+
+    def __rmod__(self, other):
+        return binary(REMAINDER, other, self)
+
+    def __floordiv__(self, other):
+        return binary(FLOOR_DIVIDE, self, other)
+
+    def __rfloordiv__(self, other):
+        return binary(FLOOR_DIVIDE, other, self)
+
+    def __and__(self, other):
+        return binary(BITWISE_AND, self, other)
+
+    def __rand__(self, other):
+        return binary(BITWISE_AND, other, self)
+
+    def __or__(self, other):
+        return binary(BITWISE_OR, self, other)
+
+    def __ror__(self, other):
+        return binary(BITWISE_OR, other, self)
+
+    def __xor__(self, other):
+        return binary(BITWISE_XOR, self, other)
+
+    def __rxor__(self, other):
+        return binary(BITWISE_XOR, other, self)
+
+    def __invert__(self):
+        return call_op(INVERT, (self,), None)
+
+    def __neg__(self):
+        return call_op(NEGATIVE, (self,), None)
+
+    def __pos__(self):
+        return self
+
+    def __abs__(self):
+        return call_op(ABSOLUTE, (self,), None)
+
+    def __richcmp__(self, other, int comparison):
+        return binary(<Op>COMPARISONS[comparison], self, other)
+
+    # -- NumPy's methods
+
+    def sum(self, axis=None, dtype=None, *, keepdims=False):
+        return call_function(np.sum, (self,), {"axis": axis, "dtype": dtype, "keepdims": keepdims})
+
+    def prod(self, axis=None, *, keepdims=False):
+        return call_function(np.prod, (self,), {"axis": axis, "keepdims": keepdims})
+
+    def mean(self, axis=None, *, keepdims=False):
+        return call_function(np.mean, (self,), {"axis": axis, "keepdims": keepdims})
+
+    def var(self, axis=None, *, ddof=0, keepdims=False):
+        return call_function(np.var, (self,), {"axis": axis, "ddof": ddof, "keepdims": keepdims})
+
+    def std(self, axis=None, *, ddof=0, keepdims=False):
+        return call_function(np.std, (self,), {"axis": axis, "ddof": ddof, "keepdims": keepdims})
+
+    def max(self, axis=None, *, keepdims=False):
+        return call_function(np.max, (self,), {"axis": axis, "keepdims": keepdims})
+
+    def min(self, axis=None, *, keepdims=False):
+        return call_function(np.min, (self,), {"axis": axis, "keepdims": keepdims})
+
+    def argmax(self, axis=None, *, keepdims=False):
+        return call_function(np.argmax, (self,), {"axis": axis, "keepdims": keepdims})
+
+    def argmin(self, axis=None, *, keepdims=False):
+        return call_function(np.argmin, (self,), {"axis": axis, "keepdims": keepdims})
+
+    def any(self, axis=None, *, keepdims=False):
+        return call_function(np.any, (self,), {"axis": axis, "keepdims": keepdims})
+
+    def all(self, axis=None, *, keepdims=False):
+        return call_function(np.all, (self,), {"axis": axis, "keepdims": keepdims})
+
+    def cumsum(self, axis=None):
+        return call_function(np.cumsum, (self,), {"axis": axis})
+
+    def dot(self, other):
+        return call_function(np.dot, (self, other), {})
+
+    def reshape(self, *shape):
+        if len(shape) == 1 and not isinstance(shape[0], int):
+            shape = shape[0]
+        return call_function(np.reshape, (self, shape), {})
+
+    def transpose(self, *axes):
+        if len(axes) == 1 and not isinstance(axes[0], int):
+            axes = axes[0]
+        return call_function(np.transpose, (self, axes or None), {})
+
+    def swapaxes(self, axis1, axis2):
+        return call_function(np.swapaxes, (self, axis1, axis2), {})
+
+    def squeeze(self, axis=None):
+        return call_function(np.squeeze, (self,), {"axis": axis})
+
+    def ravel(self):
+        return call_function(np.ravel, (self,), {})
+
+    def flatten(self):
+        return call_function(np.ravel, (self,), {}).clone()
+
+    def take(self, indices, axis=None):
+        return call_function(np.take, (self, indices), {"axis": axis})
+
+    def clip(self, min=None, max=None):
+        return call_function(np.clip, (self, min, max), {})
+
+    def conj(self):
+        return call_function(np.conjugate, (self,), {})
+
+    def round(self, decimals=0):
+        return call_function(np.round, (self, decimals), {})
+
+    def copy(self):
+        return self.clone()
+
+
+cdef Hooks leaf_hooks(TensorBase leaf):
+    if leaf.hooks is None:
+        leaf.hooks = Hooks()
+    return leaf.hooks
+
+
+set_tensor_class(Tensor)
