@@ -175,9 +175,7 @@ class Worker:
                 answer.set_result(task.result())
 
         loop = self._event_loop()
-        loop.call_soon_threadsafe(
-            lambda: loop.create_task(coroutine).add_done_callback(finished)
-        )
+        loop.call_soon_threadsafe(lambda: loop.create_task(coroutine).add_done_callback(finished))
         return answer
 
     def _event_loop(self) -> asyncio.AbstractEventLoop:
@@ -185,7 +183,10 @@ class Worker:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(
-                    target=self._loop.run_forever, name=f"distgrad-{self.name}-loop", daemon=True
+                    target=_run_loop,
+                    args=(self._loop,),
+                    name=f"distgrad-{self.name}-loop",
+                    daemon=True,
                 ).start()
             return self._loop
 
@@ -197,6 +198,13 @@ class Worker:
 
     def __repr__(self) -> str:
         return f"<Worker {self.name!r} (id {self.id}) of {len(self.infos)}>"
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
 
 
 def _serve_call(worker: Worker, peer: int, frame: _codec.Frame, body: tuple[Any, ...]) -> Any:
