@@ -1,4 +1,5 @@
-from typing import final
+import sys
+from typing import NoReturn, final
 
 @final
 class SlabPool:
@@ -10,7 +11,9 @@ class SlabPool:
 
 @final
 class Slab:
-    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __init__(self, *args: object, **kwargs: object) -> NoReturn: ...
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
     def __len__(self) -> int: ...
 
 def shared_pool() -> SlabPool: ...

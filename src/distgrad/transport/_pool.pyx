@@ -118,7 +118,7 @@ cdef class SlabPool:
 cdef class Slab:
     """Writable, aligned memory lent by a `SlabPool`; exports the buffer protocol."""
 
-    def __init__(self):
+    def __init__(self, *args, **kwargs):
         raise TypeError("cannot make a Slab: take it from a SlabPool")
 
     def __getbuffer__(self, Py_buffer *view, int flags):

@@ -115,7 +115,7 @@ cdef class StreamConnection:
     cdef public object peer
     cdef Poller poller
     cdef uint64_t token            # names this connection in the epoll set
-    cdef int fd                    # closed by the polling thread, or by the writer if later; then -1
+    cdef int fd                    # closed by the polling thread or a later writer; then -1
     # --- ending
     cdef bint closing              # this side closed: no more sends, input is thrown away
     cdef bint ended                # the end was reported; set by the polling thread only

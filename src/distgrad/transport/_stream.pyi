@@ -33,15 +33,15 @@ class Poller:
 
 @final
 class StreamConnection(Connection):
-    def __init__(
-        self, poller: Poller, fd: int, *, scheme: str, peer_address: str, identity: object
-    ) -> None: ...
+    def __new__(
+        cls, poller: Poller, fd: int, *, scheme: str, peer_address: str, identity: object
+    ) -> StreamConnection: ...
     @property
     def scheme(self) -> str: ...  # type: ignore[override]
     @property
     def peer_address(self) -> str: ...  # type: ignore[override]
     @property
-    def identity(self) -> Any: ...  # type: ignore[override]
+    def identity(self) -> Any: ...
     peer: Any
     @property
     def closed(self) -> bool: ...

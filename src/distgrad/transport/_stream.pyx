@@ -28,10 +28,11 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove, memset
 from posix.uio cimport iovec, readv
-from posix.unistd cimport close, read, write
+from posix.unistd cimport close, read
+from posix.unistd cimport write as write_fd
 
-from distgrad._codec cimport HEADER_NBYTES, Frame, Outgoing, make_frame, read_header
-from distgrad.transport._pool cimport Slab, shared
+from distgrad._codec cimport HEADER_NBYTES, Outgoing, make_frame, read_header
+from distgrad.transport._pool cimport shared
 
 from distgrad.config import config
 from distgrad.errors import TransportError
@@ -70,48 +71,7 @@ cdef extern from "<poll.h>" nogil:
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
-cdef extern from *:
-    """
-    #include <sys/syscall.h>
-    #include <time.h>
-    #include <unistd.h>
-
-    static inline void distgrad_set(volatile int *flag, int value)
-    {
-        __atomic_store_n(flag, value, __ATOMIC_SEQ_CST);
-    }
-
-    static inline int distgrad_get(volatile int *flag)
-    {
-        return __atomic_load_n(flag, __ATOMIC_SEQ_CST);
-    }
-
-    static inline double distgrad_now(void)
-    {
-        struct timespec now;
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-    }
-
-    /* epoll_wait with a time-out to the nanosecond where the kernel has it (5.11), else
-       to the next millisecond. */
-    static int distgrad_epoll_wait(int fd, struct epoll_event *events, int most, double timeout_s)
-    {
-    #ifdef SYS_epoll_pwait2
-        static int missing = 0;
-        if (!missing) {
-            struct timespec limit;
-            limit.tv_sec = (time_t)timeout_s;
-            limit.tv_nsec = (long)((timeout_s - (double)limit.tv_sec) * 1e9);
-            int n = (int)syscall(SYS_epoll_pwait2, fd, events, most, &limit, NULL, 0);
-            if (n >= 0 || errno != ENOSYS)
-                return n;
-            missing = 1;
-        }
-    #endif
-        return epoll_wait(fd, events, most, (int)(timeout_s * 1e3 + 0.999));
-    }
-    """
+cdef extern from "transport/_wait.h":
     void set_flag "distgrad_set"(volatile int *flag, int value) noexcept nogil
     int get_flag "distgrad_get"(volatile int *flag) noexcept nogil
     double now_s "distgrad_now"() noexcept nogil
@@ -122,7 +82,7 @@ cdef extern from *:
 cdef enum:
     WAKE_TOKEN = 0      # of wake_fd in the epoll set
     MAX_INTERVAL = 8    # most direct reads from one look at all sockets to the next
-    YIELD_TURNS = 32    # direct reads from one sched_yield to the next
+    YIELD_TURNS = 4    # direct reads from one sched_yield to the next
 
 cdef extern from "pythread.h" nogil:
     unsigned long PyThread_get_thread_ident()
@@ -425,7 +385,7 @@ cdef class Poller:
         cdef uint64_t one = 1
         set_flag(&self.woken, 1)
         if get_flag(&self.sleeping):
-            write(self.wake_fd, &one, sizeof(one))
+            write_fd(self.wake_fd, &one, sizeof(one))
 
     cdef int take_posted(self, list events) except -1:
         """Move what was posted into ``events``, running the callbacks among it."""

@@ -175,7 +175,7 @@ def _copy(parts: Sequence[Any]) -> Frame:
     views = [memoryview(part).cast("B") for part in parts[1:]]
     if not views:
         return parse(parts[0])
-    slab = shared_pool().take(sum(view.nbytes for view in views))
+    slab: Any = shared_pool().take(sum(view.nbytes for view in views))
     target = memoryview(slab)
     start = 0
     for view in views:

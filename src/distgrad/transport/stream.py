@@ -13,6 +13,7 @@ import shutil
 import socket
 import struct
 import tempfile
+import threading
 import time
 import weakref
 from abc import abstractmethod
@@ -117,7 +118,8 @@ class StreamTransport(Transport):
 class StreamListener(Listener):
     """Accepts sockets, and makes connections of those whose peers prove who they are.
 
-    Everything but `close` runs in the polling thread.
+    Everything but `close` runs in the polling thread; `_lock` keeps the two apart. It is
+    not held while the layer above is called.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class StreamListener(Listener):
         self._poller = poller
         self._new_handshake = new_handshake
         self._on_connection = on_connection
+        self._lock = threading.RLock()
         self._half_open: set[HalfOpen] = set()
         self._accepting = False
         self._closed = False
@@ -144,12 +147,13 @@ class StreamListener(Listener):
 
     def close(self) -> None:
         """See `Listener.close`."""
-        self._closed = True
-        self._update()
-        for half_open in list(self._half_open):
-            half_open.drop()
-        self._half_open.clear()
-        self._sock.close()
+        with self._lock:
+            self._closed = True
+            self._update()
+            for half_open in self._half_open:
+                half_open.drop()
+            self._half_open.clear()
+            self._sock.close()
         self._remove()
 
     def abandon(self) -> None:
@@ -165,12 +169,13 @@ class StreamListener(Listener):
 
         The others wait in the kernel's queue: strangers cannot push a peer out.
         """
-        accepting = not self._closed and len(self._half_open) < config.max_half_open
-        if accepting and not self._accepting:
-            self._poller.watch(self._sock.fileno(), self._accept)
-        if self._accepting and not accepting:
-            self._poller.unwatch(self._sock.fileno())
-        self._accepting = accepting
+        with self._lock:
+            accepting = not self._closed and len(self._half_open) < config.max_half_open
+            if accepting and not self._accepting:
+                self._poller.watch(self._sock.fileno(), self._accept)
+            if self._accepting and not accepting:
+                self._poller.unwatch(self._sock.fileno())
+            self._accepting = accepting
 
     def _accept(self) -> None:
         try:
@@ -180,7 +185,8 @@ class StreamListener(Listener):
                 self._pause()
             return  # otherwise: the peer has gone already
         try:
-            self._begin(sock)
+            with self._lock:
+                self._begin(sock)
         except Exception as error:
             sock.close()
             _log.warning("%s: dropped a connection: %s", self.address, error)
@@ -188,11 +194,15 @@ class StreamListener(Listener):
 
     def _pause(self) -> None:
         _log.warning("%s: no file descriptor left, accepting nothing for a moment", self.address)
-        self._poller.unwatch(self._sock.fileno())
-        self._accepting = False
+        with self._lock:
+            self._poller.unwatch(self._sock.fileno())
+            self._accepting = False
         self._poller.call_later(_NO_DESCRIPTOR_PAUSE_S, self._update)
 
     def _begin(self, sock: socket.socket) -> None:
+        if self._closed:
+            sock.close()
+            return
         self._transport.prepare(sock)
         handshake: Handshake = self._new_handshake(self._transport.peer_uid(sock))
 
@@ -210,7 +220,8 @@ class StreamListener(Listener):
         self._half_open.add(half_open)
 
     def _forget(self, half_open: HalfOpen) -> None:
-        self._half_open.discard(half_open)
+        with self._lock:
+            self._half_open.discard(half_open)
         self._update()
 
     def _welcome(self, sock: socket.socket, identity: Any) -> None:
