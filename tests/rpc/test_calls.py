@@ -80,6 +80,7 @@ def open_gate():
 
 @pytest.fixture(params=["inproc", "unix", "tcp"])
 def pair(request):
+    gate.clear()
     with World(2, transport=request.param) as world:
         yield world
 

@@ -114,6 +114,7 @@ class Crew:
         self._max_threads = max_threads
         self._leadership = Leadership(poller)
         self._leader_thread = 0
+        self._awaited: Future | None = None  # what the leading thread waits for
         self._resident_leads = False
         self._backlog: deque[Task] = deque()
         self._followers: deque[_Waiter] = deque()
@@ -160,6 +161,11 @@ class Crew:
         """Whether the calling thread is the leader, in the middle of a poll."""
         return self._leader_thread == threading.get_ident()
 
+    def rouse(self, future: Future) -> None:
+        """Wake the leader if it waits for this future, which another thread completed."""
+        if self._awaited is future and self._leader_thread != threading.get_ident():
+            self.poller.wake()
+
     def drain(self, connection: Any) -> None:
         """Block until the kernel has taken all that was sent on a connection."""
         waiter = _Waiter(None, None)
@@ -205,6 +211,7 @@ class Crew:
     def _lead(self, waiter: _Waiter, future: Future, deadline: float | None) -> None:
         waiter.leads = True
         self._leader_thread = threading.get_ident()
+        self._awaited = future
         try:
             while not future.done() and not waiter.tasks:
                 self._poll_once(deadline)
@@ -214,6 +221,7 @@ class Crew:
                     return
         finally:
             waiter.leads = False
+            self._awaited = None
             self._leader_thread = 0
             self._pass_on()
 
@@ -345,6 +353,7 @@ class Crew:
     # --- serving threads ---------------------------------------------------------------
 
     def _serve(self) -> None:
+        self._summoned = False
         try:
             while not self.closed:
                 task = self._take()
@@ -384,12 +393,17 @@ class Crew:
     def _stand_by(self) -> bool:
         """Watch, or wait for work as a spare; False if this thread is not needed."""
         if self._watch.acquire(blocking=False):
-            self._summoned = False
             try:
                 self._leadership.watch(config.grace_us * 1e-6)
             finally:
                 self._watch.release()
             return True
+        needed = self._wait_as_spare()
+        if needed:
+            self._summoned = False
+        return needed
+
+    def _wait_as_spare(self) -> bool:
         mailbox: SimpleQueue[bool] = SimpleQueue()
         self._spares.append(mailbox)
         try:
@@ -432,5 +446,6 @@ class Crew:
             waiter.wake()
         until = time.monotonic() + timeout_s
         for thread in list(self._threads):
-            if thread is not threading.current_thread():
+            started = thread.ident is not None
+            if started and thread is not threading.current_thread():
                 thread.join(max(0.0, until - time.monotonic()))

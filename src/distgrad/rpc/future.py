@@ -180,6 +180,8 @@ class Future:
             self._state = state
             waiters, self._waiters = self._waiters, None
             callbacks, self._callbacks = self._callbacks, None
+        if self._agent is not None:
+            self._agent.crew.rouse(self)
         if waiters:
             for wake in waiters:
                 wake()

@@ -131,7 +131,6 @@ class _Threads:
     def __init__(self, names: list[str], options: dict[str, Any]) -> None:
         self._names = names
         self._options = options
-        self._killed: set[int] = set()
         self.workers: list[Worker] = []
 
     def start(self, timeout: float) -> None:
@@ -193,15 +192,14 @@ class _Threads:
             )
 
     def kill(self, rank: int) -> None:
-        self._killed.add(rank)
         worker = self.workers[rank]
         for connection in worker.agent.links.connections:
             connection.abort()
         worker.close("killed")
 
     def stop(self, graceful: bool) -> None:
-        graceful = graceful and not self._killed
         living = [w for w in self.workers if not w.closed]
+        graceful = graceful and len(living) == len(self.workers)
 
         def depart(index: int) -> None:
             leave(living[index], graceful, _FAREWELL_S)
