@@ -1,22 +1,38 @@
-from collections.abc import Buffer, Callable
-from typing import Any, TypedDict, final
+import sys
+from typing import Any, NoReturn, final
 
-import numpy as np
+from typing_extensions import Buffer
 
-class _Limits(TypedDict):
-    max_depth: int
-    max_meta_bytes: int
-    max_payload_bytes: int
-    max_items: int
-    max_buffers: int
-    inline_array_bytes: int
+from distgrad.wire._schema import (
+    DTYPES,
+    TAGS,
+    configure,
+    register_record,
+    register_type,
+    set_tensor_type,
+)
 
-TAGS: dict[str, int]
+__all__ = [
+    "DTYPES",
+    "HEADER_FIELDS",
+    "TAGS",
+    "Frame",
+    "Outgoing",
+    "configure",
+    "decode",
+    "encode",
+    "parse",
+    "register_record",
+    "register_type",
+    "set_tensor_type",
+]
+
 HEADER_FIELDS: tuple[tuple[str, int, int], ...]
-DTYPES: dict[str, int]
+__pyx_capi__: dict[str, object]
 
 @final
 class Outgoing:
+    def __init__(self, *args: object, **kwargs: object) -> NoReturn: ...
     kind: int
     request_id: int
     context_id: int
@@ -27,10 +43,12 @@ class Outgoing:
     def nbytes(self) -> int: ...
     def seal(self) -> None: ...
     def parts(self) -> list[Buffer]: ...
-    def __buffer__(self, flags: int, /) -> memoryview: ...
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
 
 @final
 class Frame:
+    def __init__(self, *args: object, **kwargs: object) -> NoReturn: ...
     @property
     def kind(self) -> int: ...
     @property
@@ -49,6 +67,8 @@ class Frame:
     def meta(self) -> bytes: ...
     @property
     def payload(self) -> Buffer | None: ...
+    @property
+    def nbytes(self) -> int: ...
 
 def encode(
     kind: int,
@@ -63,26 +83,5 @@ def encode(
 ) -> Outgoing: ...
 def decode(frame: Frame, session: Any = None) -> Any: ...
 def parse(data: Buffer, payload: Buffer | None = None) -> Frame: ...
-def set_tensor_type[T](
-    cls: type[T],
-    unwrap: Callable[[T, Any], tuple[np.ndarray[Any, Any], bool, int]],
-    wrap: Callable[[np.ndarray[Any, Any], bool, int, Any], T],
-) -> None: ...
-def register_type[T](
-    cls: type[T],
-    name: str,
-    encode: Callable[[T, Any], object],
-    decode: Callable[[Any, Any], T],
-) -> None: ...
-def register_record(cls: type, name: str) -> None: ...
-def configure(
-    *,
-    max_depth: int | None = None,
-    max_meta_bytes: int | None = None,
-    max_payload_bytes: int | None = None,
-    max_items: int | None = None,
-    max_buffers: int | None = None,
-    inline_array_bytes: int | None = None,
-) -> _Limits: ...
 def _crc32c(data: Buffer, *, portable: bool = False) -> int: ...
 def _recompute_crc(frame: bytearray) -> None: ...

@@ -1,0 +1,71 @@
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict, TypeVar, final
+
+import numpy as np
+from typing_extensions import disjoint_base
+
+_T = TypeVar("_T")
+
+TAGS: dict[str, int]
+DTYPES: dict[str, int]
+__pyx_capi__: dict[str, object]
+
+@final
+class Extension:
+    @property
+    def cls(self) -> type: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def encode(self) -> Callable[[Any, Any], object]: ...
+    @property
+    def decode(self) -> Callable[[Any, Any], object]: ...
+    def __init__(
+        self,
+        cls: type,
+        name: str,
+        encode: Callable[[Any, Any], object],
+        decode: Callable[[Any, Any], object],
+    ) -> None: ...
+
+@disjoint_base
+class Record:
+    @property
+    def cls(self) -> type: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def fields(self) -> tuple[str, ...]: ...
+    def __init__(self, cls: type, name: str, fields: Sequence[str]) -> None: ...
+    def values(self, obj: object) -> tuple[object, ...]: ...
+    def build(self, values: Sequence[object]) -> object: ...
+
+class _Limits(TypedDict):
+    max_depth: int
+    max_meta_bytes: int
+    max_payload_bytes: int
+    max_items: int
+    max_buffers: int
+    inline_array_bytes: int
+
+def set_tensor_type(
+    cls: type[_T],
+    unwrap: Callable[[_T, Any], tuple[np.ndarray[Any, Any], bool, int]],
+    wrap: Callable[[np.ndarray[Any, Any], bool, int, Any], _T],
+) -> None: ...
+def register_type(
+    cls: type[_T],
+    name: str,
+    encode: Callable[[_T, Any], object],
+    decode: Callable[[Any, Any], _T],
+) -> None: ...
+def register_record(cls: type, name: str) -> None: ...
+def configure(
+    *,
+    max_depth: int | None = None,
+    max_meta_bytes: int | None = None,
+    max_payload_bytes: int | None = None,
+    max_items: int | None = None,
+    max_buffers: int | None = None,
+    inline_array_bytes: int | None = None,
+) -> _Limits: ...
