@@ -162,7 +162,7 @@ class PassComplete(NamedTuple):
     """The sender's part of the pass is done; it knows these peers through the context."""
 
     pass_id: int
-    peers: tuple[int, ...]
+    complete: tuple[int, ...]
 
 
 class PassEnd(NamedTuple):

@@ -1,0 +1,255 @@
+"""A worker's part of one autograd context: what it recorded, and its passes as they run.
+
+Threads record messages and bring events at any time. The events of a pass queue up in the
+order of arrival and are taken by one thread at a time; whoever queues one for a pass that
+nobody is busy with schedules a drain.
+
+Invariants
+    1. A recv is in the snapshot of a pass, or the pass is told of it afterwards.
+    2. `Run.busy` is set exactly while a drain is scheduled or running.
+    3. No lock is held while the graph runs: hooks and rules may call out.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection
+from typing import Any, Protocol
+
+from distgrad.autograd.pass_table import PassTable
+from distgrad.autograd.protocol import BackwardPass, Boundary, Graph, Message, State
+from distgrad.message import PassAbort
+
+__all__ = ["Host", "Part", "Run"]
+
+Event = tuple[Callable[..., None], tuple[Any, ...]]
+
+
+class Host(Protocol):
+    """What a part needs of its worker."""
+
+    worker_id: int
+    lost: Collection[int]  # workers that are gone
+
+    def post(self, part: Part, to: int, message: Message) -> None:
+        """Send a message of a pass; raises if the receiver is lost."""
+
+    def schedule(self, part: Part, run: Run) -> None:
+        """Have ``part.drain(run)`` called soon, on another thread or later."""
+
+    def build(self, part: Part, run: Run, sends: Collection[Any]) -> Graph:
+        """Return the graph of a pass."""
+
+    def describe(self, pass_id: int, error: BaseException, node: str) -> PassAbort:
+        """Return the message that tells of a failure here, at a node of that name or ""."""
+
+
+class Run(BackwardPass):
+    """A pass with its queue.
+
+    Attributes
+    ----------
+    roots
+        At the root worker: what the graph starts from.
+    done
+        At the root worker: called once, with None or the cause of failure.
+    busy
+        Whether a thread drains the queue or is about to.
+    begun
+        Whether the snapshot is taken.
+    error
+        The exception that failed the pass on this worker, if it was here.
+    """
+
+    __slots__ = ("begun", "busy", "done", "error", "events", "roots")
+
+    def __init__(self, worker: int, pass_id: int, flags: int) -> None:
+        super().__init__(worker, pass_id, flags)
+        self.events: list[Event] = []
+        self.busy = False
+        self.begun = False
+        self.roots: Any = ()
+        self.done: Callable[[PassAbort | None], None] | None = None
+        self.error: BaseException | None = None
+
+
+class Part:
+    """One context on one worker.
+
+    Parameters
+    ----------
+    host
+        The worker's side.
+    context_id
+        The context.
+
+    Attributes
+    ----------
+    sends, recvs
+        Recorded nodes by autograd message id.
+    known
+        Workers that this one sent a message of the context to.
+    released
+        Whether the context is finished here.
+    """
+
+    __slots__ = ("_doubted", "context_id", "host", "known", "lock", "recvs", "released",
+                 "sends", "table")  # fmt: skip
+
+    def __init__(self, host: Host, context_id: int) -> None:
+        self.host = host
+        self.context_id = context_id
+        self.lock = threading.Lock()
+        self.sends: dict[int, Any] = {}
+        self.recvs: dict[int, Any] = {}
+        self.known: set[int] = set()
+        self.released = False
+        self.table: PassTable[Run] = PassTable(host.worker_id, Run)
+        self._doubted: set[int] = set()
+
+    # --- forward -----------------------------------------------------------------------
+
+    def record_send(self, node: Boundary) -> None:
+        """Add a message that is about to leave."""
+        with self.lock:
+            self.sends[node.message_id] = node
+
+    def record_recv(self, node: Boundary) -> None:
+        """Add a message that arrived; passes that have begun answer none for it."""
+        with self.lock:
+            self.recvs[node.message_id] = node
+            self._tell_begun(BackwardPass.on_recorded, node.message_id, node.peer)
+
+    def drop_send(self, message_id: int) -> None:
+        """Take back a message that never left."""
+        with self.lock:
+            if self.sends.pop(message_id, None) is not None:
+                self._tell_begun(BackwardPass.on_undelivered, message_id)
+
+    def doubt_send(self, message_id: int) -> None:
+        """Note that the receiver may never record a message."""
+        with self.lock:
+            if message_id in self.sends:
+                self._doubted.add(message_id)
+                self._tell_begun(BackwardPass.on_uncertain, message_id)
+
+    # --- passes ------------------------------------------------------------------------
+
+    def start(
+        self, pass_id: int, flags: int, roots: Any, done: Callable[[PassAbort | None], None]
+    ) -> Run:
+        """Make this worker the root of a new pass and run its first sweep on this thread."""
+        with self.lock:
+            run = self.table.open(pass_id, flags)
+            run.roots, run.done, run.busy = roots, done, True
+            ends = self.table.all_ends()
+        for peer, end in ends:
+            self._post(peer, end)
+        self.drain(run)
+        return run
+
+    def receive(self, sender: int, message: Message) -> bool:
+        """Take in a message of a pass, without running the graph; False if released."""
+        with self.lock:
+            if self.released:
+                return False
+            run = self.table.route(message)
+            if run is not None:
+                self._queue(run, BackwardPass.handle, sender, message)
+                return True
+            answer = self.table.answer(message)
+        if answer is not None:
+            self._post(sender, answer)
+        return True
+
+    def fail(self, run: Run, error: BaseException) -> None:
+        """Fail a pass from outside, as when its time is up."""
+        cause = self.host.describe(run.pass_id, error, "")
+        with self.lock:
+            if run.pass_id in self.table.passes:
+                run.error = error
+                self._queue(run, BackwardPass.fail, cause)
+
+    def lose(self, peer: int, error: BaseException) -> None:
+        """Tell the passes that a worker is gone; it is among the lost of the host already."""
+        with self.lock:
+            for run in self.table.passes.values():
+                if run.begun:
+                    cause = self.host.describe(run.pass_id, error, "")
+                    self._queue(run, BackwardPass.on_lost, peer, cause)
+
+    def release(self, error: BaseException) -> None:
+        """Finish the context here; passes that are not complete fail with ``error``."""
+        with self.lock:
+            self.released = True
+            self.sends, self.recvs = {}, {}
+            for run in self.table.passes.values():
+                cause = self.host.describe(run.pass_id, error, "")
+                self._queue(run, BackwardPass.on_released, cause)
+
+    def _tell_begun(self, method: Callable[..., None], *args: Any) -> None:
+        for run in self.table.passes.values():
+            if run.begun:
+                self._queue(run, method, *args)
+
+    def _queue(self, run: Run, method: Callable[..., None], *args: Any) -> None:
+        run.events.append((method, args))
+        if not run.busy:
+            run.busy = True
+            self.host.schedule(self, run)
+
+    # --- the thread that is busy with a pass -------------------------------------------
+
+    def drain(self, run: Run) -> None:
+        """Take the events of a pass until there are none; the caller has set `Run.busy`."""
+        interrupt: BaseException | None = None
+        while True:
+            with self.lock:
+                events, run.events = run.events, []
+                over = run.state is State.OVER or run.state is State.FAILED
+                if over:
+                    self.table.close(run)
+                if over or (run.begun and not events):
+                    run.busy = False
+                    break
+                snapshot = None if run.begun else self._snapshot(run)
+            try:
+                self._step(run, snapshot, events)
+            except BaseException as error:
+                self._break(run, error)
+                interrupt = interrupt or (None if isinstance(error, Exception) else error)
+        if over and run.done is not None:
+            run.done(run.cause)
+        if interrupt is not None:
+            raise interrupt
+
+    def _snapshot(self, run: Run) -> tuple[Any, ...]:
+        run.begun = True
+        early = self.table.early(run.pass_id)
+        doubted, lost = tuple(self._doubted), tuple(self.host.lost)
+        return dict(self.sends), dict(self.recvs), doubted, lost, early
+
+    def _step(self, run: Run, snapshot: tuple[Any, ...] | None, events: list[Event]) -> None:
+        if snapshot is not None:
+            nodes = snapshot[0].values()
+            run.begin(lambda: self.host.build(self, run, nodes), *snapshot)
+        for method, args in events:
+            method(run, *args)
+        for to, message in run.advance():
+            self.host.post(self, to, message)
+
+    def _break(self, run: Run, error: BaseException) -> None:
+        """Fail a pass because of an exception on this worker."""
+        if run.error is None:
+            run.error = error
+        node = getattr(run.graph, "failed_node", "")
+        run.fail(self.host.describe(run.pass_id, error, node))
+        for to, message in run.advance():
+            self._post(to, message)
+
+    def _post(self, to: int, message: Message) -> None:
+        """Send what may be lost with its receiver."""
+        try:
+            self.host.post(self, to, message)
+        except ConnectionError:
+            return  # whoever needs that worker hears of its loss

@@ -1,0 +1,112 @@
+"""The passes of one context on one worker: which run, which are over, who must be told.
+
+Nothing here performs input or output, as in `distgrad.autograd.protocol`.
+
+Invariants
+    1. A pass that is over is never begun again. Messages of it may still come; if it failed,
+       or if they report to the root, they are answered with how it ended.
+    2. The end of a pass waits until this worker sends to the peer again, or for release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from distgrad.autograd.protocol import LATE, BackwardPass, Message, State
+from distgrad.message import PassAbort, PassBegin, PassComplete, PassEnd, PropagateGradients
+
+__all__ = ["PassTable"]
+
+P = TypeVar("P", bound=BackwardPass)
+
+_REMEMBERED = 1024  # passes of one context that are over; the oldest are forgotten first
+
+
+class PassTable(Generic[P]):
+    """The passes of one context on one worker.
+
+    Calls must not overlap; a driver with threads holds the lock of the context.
+
+    Parameters
+    ----------
+    worker
+        This worker.
+    make
+        Makes a pass from worker, pass id and flags.
+
+    Attributes
+    ----------
+    passes
+        Those that are not over, by id.
+    """
+
+    __slots__ = ("_early", "_over", "_owed", "make", "passes", "worker")
+
+    def __init__(self, worker: int, make: Callable[[int, int, int], P]) -> None:
+        self.worker = worker
+        self.make = make
+        self.passes: dict[int, P] = {}
+        self._over: dict[int, PassAbort | None] = {}  # why it failed; oldest first
+        self._early: dict[int, list[int]] = {}  # by pass: see `early`
+        self._owed: dict[int, list[PassEnd]] = {}  # by peer: ends that were not sent yet
+
+    def open(self, pass_id: int, flags: int) -> P:
+        """Start to know a pass."""
+        opened = self.passes[pass_id] = self.make(self.worker, pass_id, flags)
+        return opened
+
+    def route(self, message: Message) -> P | None:
+        """Return the pass that a message is for, or None if nobody needs the message."""
+        pass_id = message.pass_id
+        known = self.passes.get(pass_id)
+        if known is not None or pass_id in self._over:
+            return known
+        if isinstance(message, PassBegin | PropagateGradients):
+            if not message.flags & LATE:
+                return self.open(pass_id, message.flags)
+            assert isinstance(message, PropagateGradients)
+            self._early.setdefault(pass_id, []).extend(m for m, _ in message.entries)
+        elif not isinstance(message, PassComplete):
+            self._remember(pass_id, message if isinstance(message, PassAbort) else None)
+        return None
+
+    def answer(self, message: Message) -> PassAbort | PassEnd | None:
+        """Return what the sender of a message that `route` did not take must hear, or None."""
+        if getattr(message, "flags", 0) & LATE or isinstance(message, PassAbort | PassEnd):
+            return None
+        reports = getattr(message, "complete", None) is not None
+        end = PassEnd(message.pass_id) if reports else None
+        return self._over.get(message.pass_id) or end
+
+    def early(self, pass_id: int) -> list[int]:
+        """Return, once, the sends for which late nones came before the pass was opened."""
+        return self._early.pop(pass_id, [])
+
+    def close(self, finished: P) -> None:
+        """Stop to know a pass that is over or failed; at the root, owe all others the end."""
+        self.passes.pop(finished.pass_id, None)
+        self._remember(finished.pass_id, finished.cause)
+        if finished.root == self.worker and finished.state is State.OVER:
+            for peer in finished.participants:
+                if peer != self.worker:
+                    self._owed.setdefault(peer, []).append(PassEnd(finished.pass_id))
+
+    def ends_for(self, peer: int) -> list[PassEnd]:
+        """Return, once, the ends that ``peer`` has not been told of.
+
+        They are not sent when a pass ends but before whatever this worker sends to the
+        peer next in this context; release tells of them too.
+        """
+        return self._owed.pop(peer, [])
+
+    def all_ends(self) -> list[tuple[int, PassEnd]]:
+        """Return, once, all ends that were not sent yet, with their receivers."""
+        owed, self._owed = self._owed, {}
+        return [(peer, end) for peer, ends in owed.items() for end in ends]
+
+    def _remember(self, pass_id: int, cause: PassAbort | None) -> None:
+        self._early.pop(pass_id, None)
+        self._over[pass_id] = cause
+        if len(self._over) > _REMEMBERED:
+            del self._over[next(iter(self._over))]

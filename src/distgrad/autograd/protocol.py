@@ -1,0 +1,438 @@
+"""One worker's part of a distributed backward pass: events in, messages out.
+
+Nothing here performs input or output: no sockets, threads, clocks or randomness. A
+`BackwardPass` is what one worker knows of one pass; it drives a graph (`GraphTask` of the
+core) and says which messages to send. ``docs/protocol/backward.md`` explains the protocol
+and why it ends.
+
+Invariants
+    1. A send of the snapshot is resolved once in a pass, by gradients or by none; what
+       comes for it afterwards has no effect.
+    2. A recv of the snapshot is told once: when all its consumers have delivered, or at
+       the beginning if none of them takes part. A recv recorded later is told none.
+    3. After its first sweep, every worker that shares a message with this one has begun.
+    4. A worker that is complete owes no gradient to anybody, and nobody owes it one.
+    5. The root ends the pass when the workers reached by closing over the reports, from
+       itself, have all reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from enum import Enum
+from typing import Any, Protocol
+
+from distgrad.errors import GraphError, ProtocolError, WorkerLostError
+from distgrad.message import (
+    PassAbort,
+    PassBegin,
+    PassComplete,
+    PassEnd,
+    PropagateGradients,
+)
+
+__all__ = [
+    "INTO_GRAD",
+    "LATE",
+    "RETAIN",
+    "BackwardPass",
+    "Boundary",
+    "Graph",
+    "Message",
+    "State",
+    "worker_of",
+]
+
+#: Flags of a pass, which every participant learns from its first message.
+RETAIN = 1  # keep what the nodes saved, so that another pass can run them
+INTO_GRAD = 2  # accumulate into ``.grad`` of the leaves instead of the context
+
+#: Flag of a message: nones for late recvs. It invites nobody into the pass.
+LATE = 4
+
+Gradients = tuple[Any, ...] | None
+Message = PropagateGradients | PassBegin | PassComplete | PassEnd | PassAbort
+
+_WORKER_SHIFT = 48
+
+
+def worker_of(identifier: int) -> int:
+    """Return the worker that made a context, message or pass id."""
+    return identifier >> _WORKER_SHIFT
+
+
+class Boundary(Protocol):
+    """A send or recv node: one end of a message of the forward pass."""
+
+    message_id: int
+    peer: int
+
+
+class Graph(Protocol):
+    """The local part of the graph in one pass; see `distgrad._core.GraphTask`."""
+
+    done: bool
+
+    def reaches(self, node: Any) -> bool:
+        """Return whether the roots or sends lead to this recv."""
+
+    def deliver(self, node: Any, grads: Sequence[Any] | None) -> None:
+        """Resolve a send."""
+
+    def run(self) -> Sequence[tuple[Any, Gradients]]:
+        """Run what is ready; return the recvs that became complete."""
+
+
+class State(Enum):
+    """How far a pass is on this worker."""
+
+    NEW = "new"  # known, the snapshot is not taken
+    RUNNING = "running"
+    COMPLETE = "complete"  # this part is done and reported; the pass goes on elsewhere
+    OVER = "over"
+    FAILED = "failed"
+
+
+class BackwardPass:
+    """One worker's part of one pass.
+
+    The driver calls `begin` once, then any of the ``on_…`` methods as events come, and
+    `advance` after every batch of them; `advance` returns the messages to send. Calls must
+    not overlap. An exception from any of these is a failure of the pass: the driver
+    describes it and calls `fail`.
+
+    Parameters
+    ----------
+    worker
+        This worker.
+    pass_id
+        16 bits of the root worker, 48 bits of its counter.
+    flags
+        `RETAIN`, `INTO_GRAD`.
+
+    Attributes
+    ----------
+    state
+        How far this worker is.
+    graph
+        The local part of the graph while the pass runs.
+    cause
+        Why the pass failed, or None.
+    participants
+        At the root: the workers reached so far.
+    """
+
+    __slots__ = (
+        "_announced",
+        "_answered",
+        "_entries",
+        "_heard",
+        "_late",
+        "_lost",
+        "_outbox",
+        "_own",
+        "_peers",
+        "_recvs",
+        "_reports",
+        "_sends",
+        "_uncertain",
+        "_unreported",
+        "_unresolved",
+        "cause",
+        "flags",
+        "graph",
+        "participants",
+        "pass_id",
+        "root",
+        "state",
+        "worker",
+    )
+
+    def __init__(self, worker: int, pass_id: int, flags: int) -> None:
+        self.worker = worker
+        self.pass_id = pass_id
+        self.flags = flags
+        self.root = worker_of(pass_id)
+        self.state = State.NEW
+        self.cause: PassAbort | None = None
+        self.participants: set[int] = set()
+        self.graph: Graph | None = None
+        self._sends: Mapping[int, Boundary] = {}
+        self._recvs: Mapping[int, Boundary] = {}
+        self._peers: set[int] = set()
+        self._lost: Collection[int] = ()
+        self._heard: set[int] = set()
+        self._unresolved: dict[int, Boundary] = {}
+        self._answered: set[int] = set()  # recvs outside the snapshot that were told none
+        self._uncertain: dict[int, list[int]] = {}  # by peer: sends to ask about
+        self._entries: dict[int, list[tuple[int, Gradients]]] = {}  # by peer: what to tell
+        self._late: dict[int, list[tuple[int, Gradients]]] = {}  # the same, for late recvs
+        self._own: list[tuple[int, Gradients]] = []  # the same, for this worker itself
+        self._announced = False
+        self._outbox: list[tuple[int, Message]] = []
+        self._reports: dict[int, Iterable[int]] = {}
+        self._unreported: set[int] = set()
+
+    # --- events ------------------------------------------------------------------------
+
+    def begin(
+        self,
+        build: Callable[[], Graph],
+        sends: Mapping[int, Boundary],
+        recvs: Mapping[int, Boundary],
+        uncertain: Iterable[int] = (),
+        lost: Collection[int] = (),
+        early: Iterable[int] = (),
+    ) -> None:
+        """Take part, with the messages recorded by now.
+
+        Parameters
+        ----------
+        build
+            Makes the graph from the roots of this worker and the nodes of ``sends``.
+        sends, recvs
+            The snapshot, by message id; owned by the pass from now on.
+        uncertain
+            Ids of sends whose message may never have been recorded by the receiver.
+        lost
+            Workers that were lost before. Their sends and recvs count as none; a gradient
+            for one of them is an error.
+        early
+            Ids of sends for which a late recv was answered before this worker began.
+        """
+        self.state = State.RUNNING
+        self._sends, self._recvs, self._lost = sends, recvs, lost
+        self._peers.update(node.peer for node in sends.values())
+        self._peers.update(node.peer for node in recvs.values())
+        self._peers.discard(self.worker)
+        self._peers.difference_update(lost)
+        if self.root in lost:
+            raise _lost(self.root)
+        self._unresolved = dict(sends)
+        self.graph = build()
+        for node in recvs.values():
+            if not self.graph.reaches(node):
+                self._tell(node, None)
+        for message_id in early:
+            self._resolve(message_id, None)
+        if lost:
+            for message_id in [m for m, node in sends.items() if node.peer in lost]:
+                self._resolve(message_id, None)
+        for message_id in uncertain:
+            self.on_uncertain(message_id)
+
+    def handle(self, sender: int, message: Message) -> None:
+        """Take in a message of this pass."""
+        self._heard.add(sender)
+        if type(message) is PropagateGradients:
+            self._on_gradients(sender, message)
+        elif type(message) is PassComplete:
+            self._on_report(sender, message.complete)
+        elif type(message) is PassBegin:
+            self._on_begin(sender, message)
+        elif type(message) is PassEnd:
+            self._on_end()
+        elif type(message) is PassAbort:
+            self.fail(message, sender)
+
+    def _on_gradients(self, sender: int, message: PropagateGradients) -> None:
+        for message_id, grads in message.entries:
+            self._resolve(message_id, grads)
+        if message.complete is not None:
+            self._on_report(sender, message.complete)
+
+    def _on_begin(self, sender: int, message: PassBegin) -> None:
+        for message_id in message.uncertain:
+            if message_id not in self._recvs:
+                self.on_recorded(message_id, sender)
+
+    def _on_end(self) -> None:
+        if self.state is not State.COMPLETE:
+            raise ProtocolError("cannot end a pass: this worker is not complete")
+        self.state = State.OVER
+
+    def on_recorded(self, message_id: int, peer: int) -> None:
+        """Answer none for a recv that is not in the snapshot, once."""
+        if message_id not in self._answered:
+            self._answered.add(message_id)
+            if peer == self.worker:
+                self._own.append((message_id, None))
+            elif peer not in self._lost:
+                self._late.setdefault(peer, []).append((message_id, None))
+
+    def on_uncertain(self, message_id: int) -> None:
+        """Ask the receiver whether it knows a message that may have been dropped."""
+        if message_id not in self._unresolved:
+            return
+        peer = self._sends[message_id].peer
+        if peer != self.worker:
+            self._uncertain.setdefault(peer, []).append(message_id)
+        elif message_id not in self._recvs:
+            self.on_recorded(message_id, peer)
+
+    def on_undelivered(self, message_id: int) -> None:
+        """Resolve a send whose message never left."""
+        self._resolve(message_id, None)
+
+    def on_released(self, cause: PassAbort) -> None:
+        """Leave a pass because the context is finished here; fail unless this part is done."""
+        if self.state is State.COMPLETE and self.worker != self.root:
+            self.state = State.OVER
+        else:
+            self.fail(cause)
+
+    def on_lost(self, peer: int, cause: PassAbort) -> None:
+        """Fail if the pass needs a worker that is lost."""
+        if peer in self._peers or peer in self.participants or peer == self.root:
+            self.fail(cause, peer)
+        else:
+            self._lost = {*self._lost, peer}
+
+    def fail(self, cause: PassAbort, sender: int = -1) -> None:
+        """End the pass without success and tell all who may not know.
+
+        Parameters
+        ----------
+        cause
+            What everybody is told.
+        sender
+            The worker that told us, or is lost; it is not told.
+        """
+        if self.state is State.OVER or self.state is State.FAILED:
+            return
+        self.state = State.FAILED
+        self.cause = cause
+        tell = self._peers | self.participants | self._reports.keys() | {self.root}
+        tell -= {self.worker, sender, *self._lost}
+        self._outbox = [(peer, cause) for peer in sorted(tell)]
+        self._drop_graph()
+
+    # --- what follows from them --------------------------------------------------------
+
+    def advance(self) -> list[tuple[int, Message]]:
+        """Run what is ready and return the messages to send, with their receivers."""
+        if self.state is State.RUNNING:
+            self._sweep()
+        if self.state is State.RUNNING or self.state is State.COMPLETE:
+            self._flush()
+        outbox, self._outbox = self._outbox, []
+        return outbox
+
+    def _sweep(self) -> None:
+        graph = self.graph
+        assert graph is not None
+        while True:
+            for node, grads in graph.run():
+                self._tell(node, grads)
+            if not self._own:
+                return
+            own, self._own = self._own, []
+            for message_id, grads in own:
+                self._resolve(message_id, grads)
+
+    def _flush(self) -> None:
+        silent = () if self._announced else self._peers - self._heard - self._entries.keys()
+        self._announced = True
+        report = self._report()
+        if self._late:
+            self._flush_late()
+        for peer, entries in self._entries.items():
+            complete = report if peer == self.root else None
+            self._send(peer, PropagateGradients, tuple(entries), complete)
+        if report is not None and self.root not in self._entries:
+            self._outbox.append((self.root, PassComplete(self.pass_id, report)))
+        for peer in sorted({*silent, *self._uncertain}):
+            self._send(peer, PassBegin, tuple(self._uncertain.get(peer, ())))
+        if self._entries:
+            self._entries = {}
+        if self._uncertain:
+            self._uncertain = {}
+
+    def _flush_late(self) -> None:
+        late, self._late = self._late, {}
+        for peer, entries in late.items():
+            if peer in self._entries:
+                self._entries[peer] += entries
+            else:
+                note = PropagateGradients(self.pass_id, self.flags | LATE, tuple(entries), None)
+                self._outbox.append((peer, note))
+
+    def _send(self, peer: int, kind: Any, *fields: Any) -> None:
+        self._outbox.append((peer, kind(self.pass_id, self.flags, *fields)))
+
+    def _tell(self, node: Boundary, grads: Gradients) -> None:
+        if node.message_id not in self._recvs:
+            if grads is not None:
+                raise GraphError(
+                    "cannot run the backward pass: it leads to a tensor that was received "
+                    "outside its context",
+                    hint="receive and use the tensor in one context, or detach() it",
+                )
+        elif node.peer == self.worker:
+            self._own.append((node.message_id, grads))
+        elif node.peer not in self._lost:
+            self._entries.setdefault(node.peer, []).append((node.message_id, grads))
+        elif grads is not None:
+            raise _lost(node.peer)
+
+    def _resolve(self, message_id: int, grads: Gradients) -> None:
+        node = self._unresolved.pop(message_id, None)
+        if node is not None:
+            assert self.graph is not None
+            self.graph.deliver(node, grads)
+        elif grads is not None and message_id not in self._sends:
+            raise GraphError(
+                "cannot run the backward pass: gradients came for a message that was sent "
+                "after the pass began",
+                hint="let the forward work of a context end before its backward",
+            )
+
+    # --- completion --------------------------------------------------------------------
+
+    def _report(self) -> tuple[int, ...] | None:
+        """Complete this worker's part if that is possible now; return the report to send."""
+        if self.state is State.COMPLETE or self._unresolved:
+            return None
+        assert self.graph is not None
+        if not self.graph.done:
+            return None
+        self.state = State.COMPLETE
+        self._drop_graph()
+        peers = tuple(sorted(self._peers))
+        if self.worker != self.root:
+            return peers
+        self._discover([self.worker])
+        self._on_report(self.worker, peers)
+        return None
+
+    def _drop_graph(self) -> None:
+        self.graph = None
+        self._unresolved = {}
+        self._own = []
+
+    def _on_report(self, sender: int, peers: Iterable[int]) -> None:
+        if sender not in self._reports:
+            self._reports[sender] = peers
+            if sender in self._unreported:
+                self._discover([sender])
+        if self.state is State.COMPLETE and self.worker == self.root and not self._unreported:
+            self.state = State.OVER
+
+    def _discover(self, workers: list[int]) -> None:
+        """Close over the reports from here, without recursion."""
+        while workers:
+            worker = workers.pop()
+            if worker in self._lost:
+                raise _lost(worker)
+            self.participants.add(worker)
+            if worker not in self._reports:
+                self._unreported.add(worker)
+                continue
+            self._unreported.discard(worker)
+            workers += [peer for peer in self._reports[worker] if peer not in self.participants]
+
+
+def _lost(worker: int) -> WorkerLostError:
+    return WorkerLostError(
+        f"cannot run the backward pass: worker {worker}, which it needs, is lost"
+    )
