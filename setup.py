@@ -12,10 +12,10 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 MODULES = {
-    "distgrad._core.node": "src/distgrad/_core/node.pyx",
-    "distgrad._core.gradient": "src/distgrad/_core/gradient.pyx",
-    "distgrad._core.engine": "src/distgrad/_core/engine.pyx",
-    "distgrad._core.tensor": "src/distgrad/_core/tensor.pyx",
+    "distgrad.graph._node": "src/distgrad/graph/_node.pyx",
+    "distgrad.graph._gradient": "src/distgrad/graph/_gradient.pyx",
+    "distgrad.graph._engine": "src/distgrad/graph/_engine.pyx",
+    "distgrad._core": "src/distgrad/_core.pyx",
     "distgrad._codec": "src/distgrad/_codec.pyx",
     "distgrad.wire._schema": "src/distgrad/wire/_schema.pyx",
     "distgrad.wire._encoder": "src/distgrad/wire/_encoder.pyx",

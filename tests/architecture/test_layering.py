@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "distgrad"
 # From the bottom up; one layer is a list of columns that do not see each other.
 LAYERS: list[list[set[str]]] = [
     [{"errors", "config"}],
-    [{"_core"}, {"_codec", "wire"}],
+    [{"_core", "graph"}, {"_codec", "wire"}],
     [{"ops", "functional", "xp"}, {"message"}, {"transport"}],
     [{"rpc"}],
     [{"autograd"}, {"rref"}],
@@ -24,7 +24,7 @@ LAYERS: list[list[set[str]]] = [
 ]
 # Layer 3 reaches down only where its purpose needs it.
 CODEC = {"_codec", "wire"}
-BLIND = {"ops": CODEC, "message": CODEC | {"_core"}, "transport": {"_core", "wire"}}
+BLIND = {"ops": CODEC, "message": CODEC | {"_core", "graph"}, "transport": {"_core", "graph", "wire"}}
 # The package's own faces import from all layers; the highest layer uses them as users do.
 TOP = {"__init__", "__main__"}
 # Upward communication is by registration. These two name upper layers, as text: the one

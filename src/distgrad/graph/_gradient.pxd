@@ -2,7 +2,7 @@
 
 from cpython.object cimport PyObject
 
-from distgrad._core.node cimport AccumulateGrad, Meta, Node, TensorBase
+from distgrad.graph._node cimport AccumulateGrad, Meta, Node, TensorBase
 
 
 cdef class GradientTable:

@@ -1,12 +1,17 @@
-"""Tensor: operators, NumPy's protocols and methods over the recorded graph."""
+"""The core: tensors over the graph that they leave behind.
+
+`Tensor` stands here: operators, NumPy's protocols and methods. What it stands on is in
+``graph/``: nodes and recording, the accumulation of gradients, and the backward pass. This
+module is the face of all of them.
+"""
 
 from cpython.object cimport PyObject
 
 cimport numpy as cnp
 
-from distgrad._core.engine cimport GraphTask, seed_of
-from distgrad._core.gradient cimport store_gradient
-from distgrad._core.node cimport (
+from distgrad.graph._engine cimport GraphTask, seed_of
+from distgrad.graph._gradient cimport store_gradient
+from distgrad.graph._node cimport (
     FUNCTIONS, OPS, Hooks, Node, Op, TensorBase, add_hook, binary, call_op, grad_enabled,
     hooks_of, is_inexact, mark_written, no_rule, share_storage, unwrap, unwrap_index, wrap,
     wrap_outputs, write_item, write_operator,
@@ -17,8 +22,24 @@ import weakref
 
 import numpy as np
 
-from distgrad._core.node import operation, register, set_tensor_class
 from distgrad.errors import GraphError
+from distgrad.graph._engine import grad
+from distgrad.graph._gradient import GradientTable
+from distgrad.graph._node import (
+    AccumulateGrad,
+    RemovableHandle,
+    Spec,
+    enable_grad,
+    gradient_edge,
+    is_grad_enabled,
+    no_grad,
+    operation,
+    register,
+    registered,
+    set_grad_enabled,
+    set_history,
+    set_tensor_class,
+)
 
 cnp.import_array()
 
@@ -105,7 +126,7 @@ cdef class Tensor(TensorBase):
         Record operations on this tensor; only float and complex dtypes.
     """
 
-    __array_priority__ = 1000
+    __array_priority__ = 1000.0
 
     def __init__(self, data, requires_grad=False):
         array = unwrap(data)
@@ -159,6 +180,11 @@ cdef class Tensor(TensorBase):
     @requires_grad.setter
     def requires_grad(self, value):
         self.requires_grad_(value)
+
+    @property
+    def _version(self):
+        """Number of in-place writes to the memory so far."""
+        return 0 if self.storage is None else self.storage.writes
 
     @property
     def output_nr(self):
@@ -584,3 +610,7 @@ cdef Hooks leaf_hooks(TensorBase leaf):
 
 
 set_tensor_class(Tensor)
+
+
+# What this module cimports is not among its attributes by itself.
+globals().update({cls.__name__: cls for cls in (GraphTask, Node, Op)})

@@ -10,8 +10,8 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF, Py_XDECREF
 from cpython.tuple cimport PyTuple_GET_ITEM
 
-from distgrad._core.gradient cimport accumulate, add_gradients, fit, store_gradient
-from distgrad._core.node cimport (
+from distgrad.graph._gradient cimport accumulate, add_gradients, fit, store_gradient
+from distgrad.graph._node cimport (
     NEAR_ARGS, RECEIVES, RUNS, AccumulateGrad, Edge, Hooks, Node, OpNode, Storage, TensorBase,
     check_fresh, edge_of,
     grad_mode, is_inexact, meta_dtype, meta_shape, unwrap, wrap,

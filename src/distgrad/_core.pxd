@@ -1,6 +1,6 @@
 """Tensor for other extensions."""
 
-from distgrad._core.node cimport TensorBase
+from distgrad.graph._node cimport TensorBase
 
 
 cdef class Tensor(TensorBase):

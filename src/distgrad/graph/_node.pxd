@@ -79,7 +79,6 @@ cdef class Op:
     cdef bint shapes                # rules read shapes of arguments that are not saved
     cdef readonly bint differentiable
     cdef int code                   # kernel number, 0 without
-    cdef object doc
 
 
 cdef class Node:

@@ -2,8 +2,8 @@
 
 from cpython.object cimport PyObject
 
-from distgrad._core.gradient cimport GradientTable
-from distgrad._core.node cimport AccumulateGrad, Node, OpNode, TensorBase
+from distgrad.graph._gradient cimport GradientTable
+from distgrad.graph._node cimport AccumulateGrad, Node, OpNode, TensorBase
 
 
 cdef struct Visit:      # a node in a pass

@@ -3,7 +3,7 @@
 cimport numpy as cnp
 from cpython.object cimport PyObject
 
-from distgrad._core.node cimport (
+from distgrad.graph._node cimport (
     AccumulateGrad, Meta, Node, TensorBase, mark_written, meta_dtype, meta_shape, same_meta, wrap,
 )
 

@@ -450,15 +450,10 @@ cdef class Op:
     def __init__(self, function, name=None, differentiable=True):
         self.function = function
         self.name = name or function.__name__
-        self.doc = getattr(function, "__doc__", None)
         self.differentiable = differentiable
         self.rules = ()
         for i in range(8):
             self.needs[i] = NEED_ALL
-
-    @property
-    def __doc__(self):
-        return self.doc
 
     @property
     def __name__(self):
@@ -468,7 +463,7 @@ cdef class Op:
     def has_rules(self):
         return self.variadic is not None or len(self.rules) > 0
 
-    def define(self, *rules, needs=None, variadic=None):
+    def defvjp(self, *rules, needs=None, variadic=None):
         """Set one gradient rule for each argument.
 
         Parameters
@@ -493,6 +488,7 @@ cdef class Op:
                         self.shapes = True
                     else:
                         self.needs[i] |= NEED_ANSWER if name == "a" else 1 << "xyz".index(name)
+        return self
 
     def __call__(self, *args, **kwargs):
         return call_op(self, args, kwargs)
