@@ -143,7 +143,8 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path, help="JSON files of the benchmarks")
     parser.add_argument("--write", action="store_true", help="into README.md and the docs")
     options = parser.parse_args()
-    loaded = [json.loads(path.read_text()) for path in options.files]
+    contents = [json.loads(path.read_text()) for path in options.files]
+    loaded = [content for content in contents if "benchmark" in content]
     order = ["rpc", "backward", "graph", "codec"]
     results = {r["benchmark"]: r for r in sorted(loaded, key=lambda r: order.index(r["benchmark"]))}
     if options.write:

@@ -1,0 +1,157 @@
+"""Count the instructions of the hot paths with callgrind.
+
+    python benchmarks/instructions.py            print them, and compare with the committed ones
+    python benchmarks/instructions.py --write    commit to today's
+
+Time is noisy on a shared machine; a count repeats to a fraction of a percent anywhere, so that
+a regression shows. Every case runs in a process of its own under valgrind, a fixed number of
+times; what a run without it costs is subtracted. Counts are kept by version of Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FIGURES = Path(__file__).resolve().parent / "results" / "instructions.json"
+WARM_UP, COUNT = 20, 200
+TOLERANCE = 0.05
+ARGUMENTS = ("mod.f", (1, 2.5, "hello", [1, 2, 3], {"a": 1, "b": None}), {"k": True})
+
+Call = Callable[[], Any]
+
+
+def encode_arguments() -> Call:
+    """Encode the arguments of a call."""
+    from distgrad._codec import encode
+
+    return lambda: encode(1, ARGUMENTS).parts()
+
+
+def decode_arguments() -> Call:
+    """Decode the arguments of a call."""
+    from distgrad._codec import decode, encode, parse
+
+    sent = b"".join(encode(1, ARGUMENTS).parts())
+    return lambda: decode(parse(sent))
+
+
+def encode_gradients() -> Call:
+    """Encode four small gradients."""
+    import numpy as np
+
+    from distgrad._codec import encode
+
+    gradients = [np.ones(8, np.float32) for _ in range(4)]
+    return lambda: encode(1, gradients).parts()
+
+
+def record_operation() -> Call:
+    """Record a multiplication of two small tensors."""
+    import distgrad as dg
+
+    x = dg.ones(4, requires_grad=True)
+    y = dg.ones(4, requires_grad=True)
+    return lambda: x * y
+
+
+def backward_chain() -> Call:
+    """Record a chain of 20 multiplications and differentiate it."""
+    import distgrad as dg
+
+    x = dg.ones(4, requires_grad=True)
+
+    def call() -> None:
+        y = x
+        for _ in range(20):
+            y = y * 1.01
+        y.sum().backward()
+        x.grad = None
+
+    return call
+
+
+CASES = {
+    case.__name__: case
+    for case in (
+        encode_arguments,
+        decode_arguments,
+        encode_gradients,
+        record_operation,
+        backward_chain,
+    )
+}
+
+
+def run_here(measured: str) -> None:
+    """Prepare and warm up every case, then repeat the measured one."""
+    calls = {name: prepare() for name, prepare in CASES.items()}
+    for call in calls.values():
+        for _ in range(WARM_UP):
+            call()
+    for _ in range(COUNT if measured in calls else 0):
+        calls[measured]()
+
+
+def count(measured: str) -> int:
+    """Return the instructions of a process that runs a case, or none, under callgrind."""
+    command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"]
+    done = subprocess.run(
+        [*command, sys.executable, __file__, "--here", measured],
+        env=os.environ | {"PYTHONHASHSEED": "0", "PYTHONMALLOC": "pymalloc"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = re.search(r"Collected : (\d+)", done.stderr)
+    if found is None:
+        raise SystemExit(f"cannot read what callgrind says:\n{done.stderr[-2000:]}")
+    return int(found[1])
+
+
+def count_all() -> dict[str, int]:
+    """Return the instructions of one call of every case."""
+    base = count("nothing")
+    return {name: round((count(name) - base) / COUNT) for name in CASES}
+
+
+def compare(counted: dict[str, int], known: dict[str, int]) -> bool:
+    """Print counts beside the committed ones; return whether one is much higher."""
+    worse = False
+    for name, instructions in counted.items():
+        before = known.get(name)
+        change = "" if before is None else f"{instructions / before - 1:+8.1%}"
+        worse |= before is not None and instructions > before * (1 + TOLERANCE)
+        print(f"{CASES[name].__doc__:<60}{instructions:>10,}{change}")
+    return worse
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="keep these counts as the known ones")
+    parser.add_argument("--here", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.here:
+        run_here(options.here)
+        return
+    figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    version = ".".join(platform.python_version_tuple()[:2])
+    counted = count_all()
+    worse = compare(counted, figures.get(version, {}))
+    if options.write:
+        figures[version] = counted
+        FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
+    elif worse:
+        raise SystemExit(f"more than {TOLERANCE:.0%} above the committed counts")
+
+
+if __name__ == "__main__":
+    main()
