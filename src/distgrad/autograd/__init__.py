@@ -1,0 +1,2 @@
+def install(worker):
+    pass  # placeholder until recording.py stands

@@ -206,10 +206,10 @@ class Part:
         while True:
             with self.lock:
                 events, run.events = run.events, []
-                over = run.state is State.OVER or run.state is State.FAILED
-                if over:
-                    self.table.close(run)
-                if over or (run.begun and not events):
+                if run.begun and not events:
+                    over = run.state is State.OVER or run.state is State.FAILED
+                    if over:
+                        self.table.close(run)
                     run.busy = False
                     break
                 snapshot = None if run.begun else self._snapshot(run)
@@ -235,8 +235,12 @@ class Part:
             run.begin(lambda: self.host.build(self, run, nodes), *snapshot)
         for method, args in events:
             method(run, *args)
-        for to, message in run.advance():
-            self.host.post(self, to, message)
+        outbox = run.advance()
+        for to, message in outbox:
+            if run.state is State.FAILED:
+                self._post(to, message)
+            else:
+                self.host.post(self, to, message)
 
     def _break(self, run: Run, error: BaseException) -> None:
         """Fail a pass because of an exception on this worker."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from distgrad.autograd.protocol import LATE, BackwardPass, Message, State
+from distgrad.autograd.protocol import LATE, BackwardPass, Message, State, last_word
 from distgrad.message import PassAbort, PassBegin, PassComplete, PassEnd, PropagateGradients
 
 __all__ = ["PassTable"]
@@ -73,11 +73,7 @@ class PassTable(Generic[P]):
 
     def answer(self, message: Message) -> PassAbort | PassEnd | None:
         """Return what the sender of a message that `route` did not take must hear, or None."""
-        if getattr(message, "flags", 0) & LATE or isinstance(message, PassAbort | PassEnd):
-            return None
-        reports = getattr(message, "complete", None) is not None
-        end = PassEnd(message.pass_id) if reports else None
-        return self._over.get(message.pass_id) or end
+        return last_word(message, self._over.get(message.pass_id))
 
     def early(self, pass_id: int) -> list[int]:
         """Return, once, the sends for which late nones came before the pass was opened."""
@@ -88,7 +84,7 @@ class PassTable(Generic[P]):
         self.passes.pop(finished.pass_id, None)
         self._remember(finished.pass_id, finished.cause)
         if finished.root == self.worker and finished.state is State.OVER:
-            for peer in finished.participants:
+            for peer in finished.participants | finished.reporters.keys():
                 if peer != self.worker:
                     self._owed.setdefault(peer, []).append(PassEnd(finished.pass_id))
 

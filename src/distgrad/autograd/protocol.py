@@ -13,7 +13,7 @@ Invariants
     3. After its first sweep, every worker that shares a message with this one has begun.
     4. A worker that is complete owes no gradient to anybody, and nobody owes it one.
     5. The root ends the pass when the workers reached by closing over the reports, from
-       itself, have all reported.
+       itself, have all reported, and none of them was left out as lost by another.
 """
 
 from __future__ import annotations
@@ -120,12 +120,15 @@ class BackwardPass:
         Why the pass failed, or None.
     participants
         At the root: the workers reached so far.
+    reporters
+        At the root: the workers that reported, reached or not.
     """
 
     __slots__ = (
         "_announced",
         "_answered",
         "_entries",
+        "_excluded",
         "_heard",
         "_late",
         "_lost",
@@ -133,7 +136,6 @@ class BackwardPass:
         "_own",
         "_peers",
         "_recvs",
-        "_reports",
         "_sends",
         "_uncertain",
         "_unreported",
@@ -143,6 +145,7 @@ class BackwardPass:
         "graph",
         "participants",
         "pass_id",
+        "reporters",
         "root",
         "state",
         "worker",
@@ -161,6 +164,7 @@ class BackwardPass:
         self._recvs: Mapping[int, Boundary] = {}
         self._peers: set[int] = set()
         self._lost: Collection[int] = ()
+        self._excluded: Collection[int] = ()  # peers that were lost before the pass
         self._heard: set[int] = set()
         self._unresolved: dict[int, Boundary] = {}
         self._answered: set[int] = set()  # recvs outside the snapshot that were told none
@@ -170,7 +174,7 @@ class BackwardPass:
         self._own: list[tuple[int, Gradients]] = []  # the same, for this worker itself
         self._announced = False
         self._outbox: list[tuple[int, Message]] = []
-        self._reports: dict[int, Iterable[int]] = {}
+        self.reporters: dict[int, Iterable[int]] = {}
         self._unreported: set[int] = set()
 
     # --- events ------------------------------------------------------------------------
@@ -205,7 +209,9 @@ class BackwardPass:
         self._peers.update(node.peer for node in sends.values())
         self._peers.update(node.peer for node in recvs.values())
         self._peers.discard(self.worker)
-        self._peers.difference_update(lost)
+        if lost:
+            self._excluded = self._peers.intersection(lost)
+            self._peers -= self._excluded
         if self.root in lost:
             raise _lost(self.root)
         self._unresolved = dict(sends)
@@ -223,6 +229,11 @@ class BackwardPass:
 
     def handle(self, sender: int, message: Message) -> None:
         """Take in a message of this pass."""
+        if self.state is State.OVER or self.state is State.FAILED:
+            answer = last_word(message, self.cause)
+            if answer is not None:
+                self._outbox.append((sender, answer))
+            return
         self._heard.add(sender)
         if type(message) is PropagateGradients:
             self._on_gradients(sender, message)
@@ -302,7 +313,7 @@ class BackwardPass:
             return
         self.state = State.FAILED
         self.cause = cause
-        tell = self._peers | self.participants | self._reports.keys() | {self.root}
+        tell = self._peers | self.participants | self.reporters.keys() | {self.root}
         tell -= {self.worker, sender, *self._lost}
         self._outbox = [(peer, cause) for peer in sorted(tell)]
         self._drop_graph()
@@ -398,7 +409,7 @@ class BackwardPass:
             return None
         self.state = State.COMPLETE
         self._drop_graph()
-        peers = tuple(sorted(self._peers))
+        peers = tuple(sorted(self._peers)) + tuple(~worker for worker in self._excluded)
         if self.worker != self.root:
             return peers
         self._discover([self.worker])
@@ -411,12 +422,19 @@ class BackwardPass:
         self._own = []
 
     def _on_report(self, sender: int, peers: Iterable[int]) -> None:
-        if sender not in self._reports:
-            self._reports[sender] = peers
+        if sender not in self.reporters:
+            self.reporters[sender] = peers
             if sender in self._unreported:
                 self._discover([sender])
         if self.state is State.COMPLETE and self.worker == self.root and not self._unreported:
+            self._check_excluded()
             self.state = State.OVER
+
+    def _check_excluded(self) -> None:
+        for peers in self.reporters.values():
+            for excluded in [~peer for peer in peers if peer < 0]:
+                if excluded in self.participants:
+                    raise _lost(excluded)
 
     def _discover(self, workers: list[int]) -> None:
         """Close over the reports from here, without recursion."""
@@ -425,11 +443,24 @@ class BackwardPass:
             if worker in self._lost:
                 raise _lost(worker)
             self.participants.add(worker)
-            if worker not in self._reports:
+            if worker not in self.reporters:
                 self._unreported.add(worker)
                 continue
             self._unreported.discard(worker)
-            workers += [peer for peer in self._reports[worker] if peer not in self.participants]
+            peers = self.reporters[worker]
+            workers += [p for p in peers if p >= 0 and p not in self.participants]
+
+
+def last_word(message: Message, cause: PassAbort | None) -> PassAbort | PassEnd | None:
+    """Return what the sender of a message must hear if the pass is over, or None.
+
+    Whoever reports to the root waits for its word; whoever takes part in a pass that failed
+    may have joined too late to be told by others.
+    """
+    if isinstance(message, PassAbort | PassEnd) or getattr(message, "flags", 0) & LATE:
+        return None
+    reports = getattr(message, "complete", None) is not None
+    return cause or (PassEnd(message.pass_id) if reports else None)
 
 
 def _lost(worker: int) -> WorkerLostError:
