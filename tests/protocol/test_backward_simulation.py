@@ -47,6 +47,7 @@ class Scenario:
         self.leaves = 0
         self.excused: set[int] = set()  # contexts in which a pass may fail
         self.contexts: dict[int, Site] = {}
+        self.last: list[Value] = []  # what a main program holds in the end
 
     def chance(self, name: str) -> bool:
         return self.rng.random() < getattr(self.chances, name)
