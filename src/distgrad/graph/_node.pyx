@@ -538,7 +538,7 @@ cdef str no_rule(str name, str what):
 
 
 cdef inline unsigned int need_mask(Op op, int argument) noexcept:
-    return op.needs[argument] if argument < 8 else <unsigned int>NEED_ALL
+    return op.needs[argument if argument < 8 else 7]
 
 
 @cython.final
@@ -574,7 +574,7 @@ cdef object saved_argument(OpNode node, object value, int argument, unsigned int
     if not isinstance(value, TensorBase):
         return value
     tensor = <TensorBase>value
-    if argument >= 31 or mask & (1u << argument):
+    if mask & (1u << min(argument, 30)):
         if tensor.storage is not None:
             node.writes += tensor.storage.writes
         return value
@@ -633,14 +633,15 @@ cdef int check_fresh(TensorBase tensor) except -1:
 
 
 cdef object call_op(Op op, tuple args, dict kwargs):
-    """Run an operation on arrays, and record it if an argument requires grad."""
+    """Run an operation, and record it if an argument requires grad; arrays alone stay arrays."""
     cdef Py_ssize_t i, n = PyTuple_GET_SIZE(args)
     cdef TensorBase tensor
-    cdef bint tracked = False
+    cdef bint tracked = False, plain = True
     values = []
     for i in range(n):
         value = <object>PyTuple_GET_ITEM(args, i)
         if isinstance(value, TensorBase):
+            plain = False
             tensor = <TensorBase>value
             check_fresh(tensor)
             tracked |= tensor.needs
@@ -649,6 +650,8 @@ cdef object call_op(Op op, tuple args, dict kwargs):
     if kwargs:
         kwargs = {key: unwrap_constant(op, value) for key, value in kwargs.items()}
     result = PyObject_Call(op.function, tuple(values), <PyObject *>kwargs if kwargs else NULL)
+    if plain:
+        return result
     outputs = wrap_outputs(result, args)
     if tracked and op.differentiable and grad_enabled():
         record(op, args, kwargs, outputs)
