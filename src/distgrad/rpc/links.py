@@ -127,7 +127,7 @@ class Links:
 
     def _adopt(self, connection: Connection, peer: int) -> None:
         with self._adopting:
-            if connection.peer is None and not connection.closed:
+            if connection.peer is None and not connection.closed and peer not in self.lost:
                 connection.peer = peer
                 self._open.add(connection)
                 self._to.setdefault(peer, connection)
@@ -144,18 +144,19 @@ class Links:
         peer = connection.peer
         if peer is None or connection not in self._open:
             return None
-        self._open.discard(connection)
-        if self._to.get(peer) is connection:
-            del self._to[peer]
-        if peer in self.lost:
-            return None
         name = self._world.name_of(peer)
         if peer in self.left:
             why = WorkerLostError(f"worker {name!r} has shut down")
         else:
             fact = str(error) if error is not None else "its connection closed"
             why = WorkerLostError(f"worker {name!r} is lost: {fact}")
-        self.lost[peer] = why
+        with self._adopting:  # from here on nobody sends to it, whatever else is connected
+            self.lost[peer] = why
+            self._to.pop(peer, None)
+            rest = {other for other in self._open if other.peer == peer}
+            self._open -= rest
+        for other in rest:
+            other.abort()
         return peer, why
 
     @property
