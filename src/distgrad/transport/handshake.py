@@ -48,7 +48,7 @@ class _Reader:
     def add(self, data: bytes) -> bytes | None:
         """Take what was read; return the message once it is complete."""
         self._data += data
-        if len(self._data) <= _LENGTH_BYTES or self.wants():
+        if len(self._data) < _LENGTH_BYTES or self.wants():
             return None
         message = bytes(self._data[_LENGTH_BYTES:])
         self._data.clear()
