@@ -30,9 +30,7 @@ def switched_on(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
 
 
-DEBUG, PROFILE, TRACE = map(
-    switched_on, ("DISTGRAD_DEBUG", "DISTGRAD_PROFILE", "DISTGRAD_TRACE")
-)
+DEBUG, PROFILE, TRACE = map(switched_on, ("DISTGRAD_DEBUG", "DISTGRAD_PROFILE", "DISTGRAD_TRACE"))
 
 directives = {
     "language_level": 3,

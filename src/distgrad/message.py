@@ -19,6 +19,7 @@ __all__ = [
     "CleanupContext",
     "Departed",
     "Error",
+    "JoinContext",
     "PassAbort",
     "PassBegin",
     "PassComplete",
@@ -183,6 +184,13 @@ class CleanupContext(NamedTuple):
     """The context whose id the header carries is released."""
 
 
+class JoinContext(NamedTuple):
+    """Asks the creator of the context in the header to tell the sender of its release.
+
+    Sent when a worker is lost that might have passed the release on.
+    """
+
+
 #: Code on the wire to class. Codes are never reused; 0 is invalid.
 KINDS: dict[int, type] = {
     1: Call,
@@ -205,6 +213,7 @@ KINDS: dict[int, type] = {
     35: PassEnd,
     36: PassAbort,
     37: CleanupContext,
+    38: JoinContext,
 }
 
 _CODES = {cls: code for code, cls in KINDS.items()}

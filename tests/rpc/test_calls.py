@@ -264,8 +264,10 @@ def test_rpc_sync_from_many_threads_at_once(pair):
 
 @rpc.expose
 def block_and_call_back(caller, depth):
-    return 0 if depth == 0 else 1 + rpc.rpc_sync(
-        caller, block_and_call_back, (rpc.get_worker_info().id, depth - 1)
+    return (
+        0
+        if depth == 0
+        else 1 + rpc.rpc_sync(caller, block_and_call_back, (rpc.get_worker_info().id, depth - 1))
     )
 
 

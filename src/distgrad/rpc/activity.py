@@ -67,7 +67,7 @@ def worker_or_none() -> Worker | None:
     now = activity.get(None)
     if now is not None and not now.worker.closed:
         return now.worker
-    return _workers[0] if _workers else None
+    return next((worker for worker in _workers if not worker.closed), None)
 
 
 def current_worker() -> Worker:

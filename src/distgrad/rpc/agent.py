@@ -60,7 +60,9 @@ class RpcFuture(Future):
 
     __slots__ = ("context_id", "deadline", "message_id", "peer", "request_id", "timeout", "what")
 
-    def __init__(self, agent: Agent, peer: int, request_id: int, chain: Hashable, what: str) -> None:
+    def __init__(
+        self, agent: Agent, peer: int, request_id: int, chain: Hashable, what: str
+    ) -> None:
         self._state = PENDING
         self._value = None
         self._callbacks = None
@@ -373,9 +375,7 @@ class Agent:
     def _on_cancel(self, peer: int, request_id: int) -> None:
         def is_wanted(task: Any) -> bool:
             return (
-                type(task) is _Served
-                and task.peer == peer
-                and task.frame.request_id == request_id
+                type(task) is _Served and task.peer == peer and task.frame.request_id == request_id
             )
 
         if self.crew.withdraw(is_wanted):

@@ -71,14 +71,21 @@ class Departure:
             self._take(_FIRST, arrived)
         else:
             self._worker.post(_FIRST, arrived)
-        try:
-            finished: bool = verdict.wait(None if until is None else until - time.monotonic())
-        except RpcTimeoutError:
+        # Not `Future.wait`, which polls: this wait is long, and would only take the poll role
+        # away from the threads that serve.
+        settled = threading.Event()
+        verdict.add_done_callback(lambda _: settled.set(), inline=True)
+        if not settled.wait(None if until is None else max(0.0, until - time.monotonic())):
             raise RpcTimeoutError(
                 f"cannot shut down worker {self._worker.name!r}: the others did not come in time",
                 hint="every worker must call shutdown(), or leave with shutdown(graceful=False)",
-            ) from None
+            )
+        finished: bool = verdict.result()
         return finished
+
+    def give_up(self) -> None:
+        """End the wait of another thread: this worker has left already."""
+        self._end_round(False, "this worker was shut down")
 
     def _wait_until_idle(self, until: float | None) -> None:
         agent = self._worker.agent

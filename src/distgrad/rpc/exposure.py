@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -143,10 +143,10 @@ class Exposure:
         cls = type(value)
         if method.startswith("_") or not self._offers_class(cls):
             raise not_exposed(f"{cls.__module__}:{cls.__qualname__}.{method}", self.worker_name)
-        bound = getattr(value, method)
+        bound: Any = getattr(value, method)
         if not callable(bound):
             raise TypeError(f"cannot call {cls.__qualname__}.{method}: it is not a method")
-        return bound
+        return cast("Callable[..., Any]", bound)
 
     def _offers_class(self, cls: type) -> bool:
         return any(

@@ -186,6 +186,7 @@ def leave(worker: Worker, graceful: bool = True, timeout: float = 0) -> None:
             worker.extensions["departure"].wait(timeout)
     finally:
         worker.close("shutdown")
+        worker.extensions["departure"].give_up()
         discharge(worker)
 
 

@@ -111,11 +111,9 @@ class Links:
                 return connection
             connection.abort()
             failures.append(f"{address}: another worker listens there")
-        error = WorkerLostError(
-            f"cannot reach worker {self._world.name_of(peer)!r}: " + "; ".join(failures)
-        )
-        self.lost[peer] = error
-        raise error
+        text = f"cannot reach worker {self._world.name_of(peer)!r}: " + "; ".join(failures)
+        self.lost[peer] = WorkerLostError(text)  # never raised: a traceback would keep its frames
+        raise WorkerLostError(text)
 
     def accept(self, connection: Connection, identity: Any) -> None:
         """Take in a connection that a peer made and authenticated."""

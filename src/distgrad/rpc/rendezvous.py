@@ -222,9 +222,7 @@ class Meeting:
 
 def meet(place: Place, options: RpcBackendOptions) -> Meeting:
     """Open the meeting of a world."""
-    return Meeting(
-        place, options.find_secret(), time.monotonic() + config.rendezvous_timeout
-    )
+    return Meeting(place, options.find_secret(), time.monotonic() + config.rendezvous_timeout)
 
 
 def new_member(name: str, rank: int, addresses: list[str]) -> Member:

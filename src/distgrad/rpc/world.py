@@ -101,4 +101,3 @@ class World:
             peer_uid=peer_uid,
             world=self._key,
         )
-

@@ -6,12 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distgrad.testing.gradcheck import gradcheck, gradgradcheck
+    from distgrad.testing.gradients import gradcheck, gradgradcheck
     from distgrad.testing.world import World
 
 __all__ = ["World", "gradcheck", "gradgradcheck"]
 
-_HOMES = {"World": "world", "gradcheck": "gradcheck", "gradgradcheck": "gradcheck"}
+_HOMES = {"World": "world", "gradcheck": "gradients", "gradgradcheck": "gradients"}
 
 
 def __getattr__(name: str) -> Any:

@@ -139,9 +139,7 @@ class _Threads:
 
         def join(rank: int) -> None:
             options = RpcBackendOptions(init_method=store, **self._options)
-            found[rank] = init_rpc(
-                self._names[rank], "inproc", rank, len(self._names), options
-            )
+            found[rank] = init_rpc(self._names[rank], "inproc", rank, len(self._names), options)
 
         self._on_threads(join, (), list(range(len(self._names))), timeout)
         self.workers = [found[rank] for rank in sorted(found)]
@@ -187,9 +185,7 @@ class _Threads:
     def _raise_first(self, failures: list[tuple[int, BaseException]]) -> None:
         if failures:
             rank, error = failures[0]
-            raise _annotated(
-                error, self._names[rank], "".join(traceback.format_exception(error))
-            )
+            raise _annotated(error, self._names[rank], "".join(traceback.format_exception(error)))
 
     def kill(self, rank: int) -> None:
         worker = self.workers[rank]
@@ -229,7 +225,15 @@ class _Processes:
             options = RpcBackendOptions(init_method=meeting, secret=secret, **self._options)
             process = fork.Process(
                 target=_child,
-                args=(theirs, self._pipes[:], name, self._transport, rank, len(self._names), options),
+                args=(
+                    theirs,
+                    self._pipes[:],
+                    name,
+                    self._transport,
+                    rank,
+                    len(self._names),
+                    options,
+                ),
                 name=name,
                 daemon=True,
             )
