@@ -15,7 +15,7 @@ from distgrad._codec import Frame, decode
 from distgrad.config import config
 from distgrad.errors import AuthenticationError, TransportError
 from distgrad.rpc.auth import HmacHandshake
-from distgrad.testing.transport_contract import Pair, handshakes, message, polling
+from distgrad.testing.transport_pair import Pair, handshakes, message, polling
 from distgrad.transport.base import Handshake
 from distgrad.transport.handshake import authenticate
 from distgrad.transport.stream import TcpTransport, UnixTransport

@@ -16,7 +16,7 @@ import pytest
 
 from distgrad._codec import Frame, decode
 from distgrad.errors import TransportError
-from distgrad.testing.transport_contract import Pair, Side, handshakes, message, polling
+from distgrad.testing.transport_pair import Pair, Side, handshakes, message, polling
 from distgrad.transport.base import Connection
 from distgrad.transport.registry import transport_for
 
@@ -25,7 +25,7 @@ PATIENCE_S = 30.0
 PEER = """
 import os, sys, numpy as np
 from distgrad._codec import Frame, decode
-from distgrad.testing.transport_contract import handshakes, message
+from distgrad.testing.transport_pair import handshakes, message
 from distgrad.transport._stream import Poller
 from distgrad.transport.registry import transport_for
 
@@ -258,7 +258,7 @@ def test_fork_child_can_make_its_own_connections(scheme: str) -> None:
 def test_exit_without_close_removes_the_socket_file() -> None:
     program = """
         import sys
-        from distgrad.testing.transport_contract import handshakes
+        from distgrad.testing.transport_pair import handshakes
         from distgrad.transport._stream import Poller
         from distgrad.transport.stream import UnixTransport
         poller = Poller()
