@@ -142,6 +142,25 @@ def test_run_failure_ends_the_others_and_is_shown_last(launch: Launch) -> None:
     ]
 
 
+def test_run_failure_that_caused_an_earlier_end_is_shown(launch: Launch, tmp_path: Path) -> None:
+    text = (
+        "import atexit\nfifo = sys.argv[1]\n"
+        "if rank == '0':\n"
+        "    open(fifo).read()\n"
+        "    sys.exit(3)\n"
+        "def leave():\n"
+        "    open(fifo, 'w').close()\n"  # worker0 ends now, this one much later
+        "    signal.pause()\n"
+        "atexit.register(leave)\n"
+        "raise ValueError('the cause')"
+    )
+    os.mkfifo(tmp_path / "fifo")
+    code, _, err = finish(launch("-n 2", text, str(tmp_path / "fifo")))
+    assert code == 3
+    assert "distgrad run: worker1 failed first: worker0 after it: exit code 3" in err
+    assert err[-1] == "    ValueError: the cause"
+
+
 @pytest.mark.parametrize(
     ("text", "code", "outcome"),
     [

@@ -34,6 +34,8 @@ ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TAIL_LINES = 40
 LONGEST_LINE = 2**16
 LEFT_PIECES = 64  # of a pipe's 64 KiB: a dead worker cannot have left more
+TRACEBACK = b"Traceback (most recent call last):"
+CAUSE_S = 5.0  # a traceback at most so long before the first failure is its likely cause
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,9 +168,9 @@ def die_with(parent: int) -> None:
 class _Relay:
     """Copies one pipe of a worker to a stream of ours, line by line with a prefix."""
 
-    def __init__(self, pipe: IO[bytes], target: BinaryIO, name: str, tail: deque[bytes]) -> None:
-        self.pipe, self.target, self.tail = pipe, target, tail
-        self.prefix = f"[{name}] ".encode()
+    def __init__(self, pipe: IO[bytes], target: BinaryIO, worker: _Worker) -> None:
+        self.pipe, self.target, self.worker = pipe, target, worker
+        self.prefix = f"[{worker.name}] ".encode()
         self.rest = b""
         os.set_blocking(pipe.fileno(), False)
 
@@ -192,7 +194,8 @@ class _Relay:
         self.pipe.close()
 
     def write(self, lines: list[bytes]) -> None:
-        self.tail.extend(lines)
+        if self.pipe is self.worker.process.stderr:
+            self.worker.remember(lines)
         self.target.write(b"".join(self.prefix + line + b"\n" for line in lines))
         self.target.flush()
 
@@ -215,10 +218,16 @@ class _Worker:
         assert self.process.stderr
         self.ended = os.pidfd_open(self.process.pid)  # readable once the process has ended
         self.tail: deque[bytes] = deque(maxlen=TAIL_LINES)
+        self.wept_at: float | None = None  # when it first wrote a traceback
         self.relays = [
-            _Relay(self.process.stdout, sys.stdout.buffer, name, deque(maxlen=0)),
-            _Relay(self.process.stderr, sys.stderr.buffer, name, self.tail),
+            _Relay(self.process.stdout, sys.stdout.buffer, self),
+            _Relay(self.process.stderr, sys.stderr.buffer, self),
         ]
+
+    def remember(self, lines: list[bytes]) -> None:
+        self.tail.extend(lines)
+        if self.wept_at is None and TRACEBACK in lines:
+            self.wept_at = time.monotonic()
 
     def signal(self, number: int) -> None:
         # Not reaped yet, so the group's number cannot belong to others.
@@ -245,7 +254,8 @@ class _World:
     def __init__(self, grace_s: float) -> None:
         self.grace_s = grace_s
         self.living: list[_Worker] = []
-        self.failed: _Worker | None = None  # the first one
+        self.failed: _Worker | None = None  # the first one to end
+        self.cause: _Worker | None = None  # the one whose failure made it fail
         self.interrupt = 0  # the signal that we were asked to end with
         self.kill_at: float | None = None  # when asking gives way to killing
         self.selector = selectors.DefaultSelector()
@@ -312,17 +322,29 @@ class _World:
             with suppress(KeyError):  # a pipe may end before its process
                 self.selector.unregister(relay.pipe)
         self.living.remove(worker)
+        for relay in (r for other in self.living for r in other.relays if not r.pipe.closed):
+            relay.read()  # what they wrote before this end, so that it is known to be earlier
         if worker.reap() and self.kill_at is None:
             self.failed = worker
+            self.cause = self.find_cause(worker)
             self.end(signal.SIGTERM)
+
+    def find_cause(self, failed: _Worker) -> _Worker:
+        """Return the worker to blame: who loses a peer may be gone before the peer itself is."""
+        now = time.monotonic()
+        recent = [w for w in (failed, *self.living) if w.wept_at and now - w.wept_at < CAUSE_S]
+        return min(recent, key=lambda w: w.wept_at or 0.0, default=failed)
 
     def conclude(self) -> int:
         if self.interrupt:
             return 128 + self.interrupt
-        if self.failed is None:
+        if self.failed is None or self.cause is None:
             return 0
-        lines = [f"distgrad run: {self.failed.name} failed first: {self.failed.outcome()}"]
-        lines += [line.decode(errors="replace") for line in self.failed.tail]
+        outcome = self.failed.outcome()
+        if self.cause is not self.failed:
+            outcome = f"{self.failed.name} after it: {outcome}"
+        lines = [f"distgrad run: {self.cause.name} failed first: {outcome}"]
+        lines += [line.decode(errors="replace") for line in self.cause.tail]
         print("\n    ".join(lines), file=sys.stderr, flush=True)
         code = self.failed.process.returncode
         return code if code > 0 else 128 - code
