@@ -322,7 +322,7 @@ class _World:
             with suppress(KeyError):  # a pipe may end before its process
                 self.selector.unregister(relay.pipe)
         self.living.remove(worker)
-        for relay in (r for other in self.living for r in other.relays if not r.pipe.closed):
+        for relay in (r for other in self.living for r in other.relays):
             relay.read()  # what they wrote before this end, so that it is known to be earlier
         if worker.reap() and self.kill_at is None:
             self.failed = worker
