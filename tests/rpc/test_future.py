@@ -80,8 +80,10 @@ def test_future_cancel_fails_it_unless_done():
 def test_future_nobody_looked_at_warns():
     future = Future()
     future.set_exception(ValueError("unseen"))
+    loop = [future]
+    loop.append(loop)
+    del future, loop
     with pytest.warns(RuntimeWarning, match="unseen"):
-        del future
         gc.collect()
 
 

@@ -31,7 +31,8 @@ from distgrad.rpc.queries import debug_info, get_worker_info, is_available
 from distgrad.rpc.worker import Worker
 
 if TYPE_CHECKING:
-    from distgrad.rref import RRef, remote
+    from distgrad.rref import RRef
+    from distgrad.rref.remote import remote as remote
 
 __all__ = [
     "UNSET_RPC_TIMEOUT",

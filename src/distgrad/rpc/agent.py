@@ -35,6 +35,7 @@ __all__ = ["Agent", "RpcFuture"]
 
 _REPLY, _ERROR = code_of(Reply), code_of(Error)
 _CANCEL, _BYE = code_of(Cancel), code_of(Bye)
+_ANSWERS = frozenset((_REPLY, _ERROR))
 
 _log = logging.getLogger("distgrad")
 
@@ -295,7 +296,7 @@ class Agent:
             peer = self.links.peer_of(connection)
             self.bytes_received += frame.nbytes
             kind = frame.kind
-            if kind == _REPLY or kind == _ERROR:
+            if kind in _ANSWERS:
                 self._on_answer(peer, frame)
             elif kind in self.handlers:
                 self._on_request(peer, frame)

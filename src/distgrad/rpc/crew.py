@@ -66,8 +66,9 @@ class _Waiter:
         self.chain = chain
         self.previous = previous
         self.thread = threading.get_ident()
-        below = previous is not None and previous.thread == self.thread
-        self.depth = previous.depth + 1 if previous is not None and below else 0
+        self.depth: int = 0
+        if previous is not None and previous.thread == self.thread:
+            self.depth = previous.depth + 1
         self.tasks: deque[Task] = deque()
         self.leads = False
         self.over = False

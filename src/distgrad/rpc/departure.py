@@ -40,7 +40,7 @@ class Departure:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._lock = threading.Lock()
-        self._arrived: dict[int, tuple[int, int]] = {}
+        self._arrived: dict[int, Arrived] = {}
         self._last_sums: tuple[int, int] | None = None
         self._verdict = Future(agent=worker.agent)
         self._lost: Exception | None = None
@@ -118,7 +118,7 @@ class Departure:
 
     def _take(self, rank: int, arrived: Arrived) -> None:
         with self._lock:
-            self._arrived[rank] = tuple(arrived)
+            self._arrived[rank] = arrived
             complete = len(self._arrived) == len(self._worker.infos)
         if self._lost is not None:
             self._tell_all(Departed(False, str(self._lost)))

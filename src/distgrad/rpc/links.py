@@ -57,9 +57,9 @@ class Links:
         ProtocolError
             If nobody of this world is there.
         """
-        peer = connection.peer
+        peer: int | None = connection.peer
         if peer is None:  # its first message came before `connect` returned
-            peer = connection.identity[0]
+            peer = int(connection.identity[0])
             if not self._world.recognises(connection.identity, peer):
                 raise ProtocolError("cannot take a message from outside this world")
             self._adopt(connection, peer)
@@ -167,7 +167,7 @@ class Links:
         """Ids of the peers that this worker sends to."""
         return list(self._to)
 
-    def close(self, farewell: Callable[[int], None]) -> None:
+    def close(self, farewell: Callable[[int], object]) -> None:
         """Say goodbye to each peer and close everything."""
         for listener in self.listeners:
             listener.close()

@@ -61,8 +61,9 @@ class Store(ABC):
             many were.
         """
 
+    @abstractmethod
     def close(self) -> None:
-        """Let go of the store."""
+        """Let go of the store; what it holds stays for the others."""
 
 
 def _too_few(prefix: str, found: int, count: int) -> RpcTimeoutError:
@@ -94,6 +95,9 @@ class MemoryStore(Store):
                     return found
                 if not self._changed.wait(deadline - time.monotonic()):
                     raise _too_few(prefix, len(found), count)
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
 
 class FileStore(Store):
@@ -140,6 +144,9 @@ class FileStore(Store):
             if time.monotonic() > deadline:
                 raise _too_few(prefix, len(found), count)
             pause.wait(self._PAUSE_S)
+
+    def close(self) -> None:
+        """Nothing to let go of: the file is open only while it is read."""
 
 
 # --- the server and its client ---------------------------------------------------------

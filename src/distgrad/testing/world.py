@@ -334,7 +334,7 @@ def _child(
             worker.close("orphaned")
             return
         if fn is None:
-            _attempt(pipe, lambda: leave(worker, args[0], _FAREWELL_S))
+            _attempt(pipe, leave, worker, args[0], _FAREWELL_S)
             return
         _attempt(pipe, fn, rank, *args)
 
