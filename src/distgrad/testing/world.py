@@ -217,12 +217,14 @@ class _Processes:
 
     def start(self, timeout: float) -> None:
         fork = multiprocessing.get_context("fork")
-        secret = secrets.token_hex(16) if self._transport != "unix" else None
+        fresh = secrets.token_hex(16) if self._transport != "unix" else None
         meeting = f"file://{Path(self._folder.name) / 'store'}"
         for rank, name in enumerate(self._names):
             ours, theirs = fork.Pipe()
             self._pipes.append(ours)
-            options = RpcBackendOptions(init_method=meeting, secret=secret, **self._options)
+            options = RpcBackendOptions(
+                **{"secret": fresh, **self._options, "init_method": meeting}
+            )
             process = fork.Process(
                 target=_child,
                 args=(
