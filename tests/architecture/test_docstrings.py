@@ -119,7 +119,7 @@ def test_docstrings_compiled_public_name_has_one(path: Path) -> None:
     module = importlib.import_module("distgrad." + relative(path)[:-4].replace("/", "."))
     stub = ast.parse(path.with_suffix(".pyi").read_text())
     public = [n.name for n in stub.body if isinstance(n, Definition) and n.name[0] != "_"]
-    assert public
+    assert public or ast.get_docstring(stub)  # one that is only cimported says so
     assert [name for name in public if not written(name, getattr(module, name).__doc__)] == []
 
 

@@ -233,7 +233,7 @@ cdef object read_bounds(Reader *r, bint is_range):
     step = read_value(r)
     if not is_range:
         return slice(start, stop, step)
-    if not type(start) is type(stop) is type(step) is int:
+    if type(start) is not int or type(stop) is not int or type(step) is not int:
         raise malformed("a range without integer bounds")
     return range(start, stop, step)
 

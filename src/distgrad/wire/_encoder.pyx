@@ -68,6 +68,7 @@ cdef int write_value(Writer *w, object value) except -1:
 cdef str path_of(Writer *w):
     """Name the value that is being written: ``args[1]['model'].lock``."""
     pieces = []
+    container = None
     cdef Step *step = w.step
     while step != NULL:
         container = <object>step.container
@@ -83,7 +84,7 @@ cdef str path_of(Writer *w):
             pieces.append(f".{<object>step.key}")
         step = step.parent
     path = "".join(reversed(pieces))
-    path = path[1:] if path.startswith(".") else "value" + path
+    path = path[1:] if hasattr(container, "_fields") else "value" + path  # named at the top
     return path if len(path) <= 200 else f"{path[:100]} ... {path[len(path) - 90:]}"
 
 

@@ -66,7 +66,7 @@ cdef dict codecs_by_name             # name on the wire -> the same
 cdef class Extension:
     """A type that travels as the value its hook makes of it."""
 
-    cdef readonly type cls
+    cdef readonly object cls
     cdef readonly str name           # on the wire
     cdef readonly object encode      # (obj, session) -> value
     cdef readonly object decode      # (value, session) -> obj
@@ -75,7 +75,7 @@ cdef class Extension:
 cdef class Record:
     """A class that travels as the values of its fields, by position."""
 
-    cdef readonly type cls
+    cdef readonly object cls
     cdef readonly str name           # on the wire
     cdef readonly tuple fields       # their names
 

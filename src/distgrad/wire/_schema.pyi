@@ -49,10 +49,10 @@ class _Limits(TypedDict):
     inline_array_bytes: int
 
 def set_tensor_type(
-    cls: type[_T],
-    unwrap: Callable[[_T, Any], tuple[np.ndarray[Any, Any], bool, int]],
-    wrap: Callable[[np.ndarray[Any, Any], bool, int, Any], _T],
-) -> None: ...
+    cls: type[_T] | None,
+    unwrap: Callable[[_T, Any], tuple[np.ndarray[Any, Any], bool, int]] | None,
+    wrap: Callable[[np.ndarray[Any, Any], bool, int, Any], _T] | None,
+) -> tuple[Any, Any, Any]: ...
 def register_type(
     cls: type[_T],
     name: str,

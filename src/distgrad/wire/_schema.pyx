@@ -41,7 +41,6 @@ DTYPES = {
     "quadfloat": 17, "quadcomplex": 18,
 }
 
-
 ZEROS = bytes(ALIGNMENT)
 tensor_type = tensor_unwrap = tensor_wrap = None
 codecs_by_type = {}
@@ -228,7 +227,7 @@ cdef class _EnumRecord(Record):
 
 
 def set_tensor_type(cls, unwrap, wrap):
-    """Tell the codec which class the tensors have; the last call counts.
+    """Tell the codec which class the tensors have; return what it knew before.
 
     Parameters
     ----------
@@ -238,9 +237,16 @@ def set_tensor_type(cls, unwrap, wrap):
         ``unwrap(tensor, session) -> (ndarray, requires_grad, slot)``; slot -1 for none.
     wrap
         ``wrap(ndarray, requires_grad, slot, session) -> tensor``.
+
+    Returns
+    -------
+    tuple
+        The three arguments of the call before, or three times None.
     """
     global tensor_type, tensor_unwrap, tensor_wrap
+    old = tensor_type, tensor_unwrap, tensor_wrap
     tensor_type, tensor_unwrap, tensor_wrap = cls, unwrap, wrap
+    return old
 
 
 cdef int add_codec(object codec) except -1:
