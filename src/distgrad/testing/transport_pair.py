@@ -86,11 +86,12 @@ class Side:
 
     def values(self) -> list[Any]:
         """Decode the messages that arrived, in order."""
-        return [decode(item) for _, item in self.events if isinstance(item, Frame)]
+        items = [item for _, item in self.events]
+        return [decode(item) for item in items if not isinstance(item, Exception | None)]
 
     def ends(self) -> list[Exception | None]:
         """List the reasons of the connections that ended, in order."""
-        return [item for _, item in self.events if not isinstance(item, Frame)]
+        return [item for _, item in self.events if isinstance(item, Exception | None)]
 
     def poll(self, timeout_s: float = 0.0) -> None:
         """Take in what the poller has."""
