@@ -282,8 +282,10 @@ class Crew:
 
     def _pass_on(self) -> None:
         try:
-            heir = self._followers.popleft()
-        except IndexError:
+            heir = self._followers.popleft() if self._followers else None
+        except IndexError:  # it stopped waiting at this moment
+            heir = None
+        if heir is None:
             self._leadership.leave()
             return
         heir.leads = True
@@ -369,16 +371,17 @@ class Crew:
             self._threads.discard(threading.current_thread())
 
     def _take(self) -> Task | None:
-        try:
-            task = self._backlog.popleft()
-        except IndexError:
-            self._leadership.work = 0
-            if not self._backlog:
-                return None
+        while self._backlog:
+            try:
+                task = self._backlog.popleft()
+            except IndexError:  # another thread was faster
+                break
+            self._leadership.taken += 1
+            return task
+        self._leadership.work = 0
+        if self._backlog:
             self._leadership.work = 1
-            return self._take()
-        self._leadership.taken += 1
-        return task
+        return None
 
     def _lead_resident(self) -> None:
         self._resident_leads = True
