@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from distgrad.errors import DistgradError, RpcTimeoutError, WorkerLostError
-from distgrad.rpc.activity import Activity, activity
+from distgrad.rpc.activity import Activity, activity, discharge
 from distgrad.rpc.lifecycle import init_rpc, leave
 from distgrad.rpc.options import RpcBackendOptions
 from distgrad.rpc.store import MemoryStore
@@ -192,6 +192,7 @@ class _Threads:
         for connection in worker.agent.links.connections:
             connection.abort()
         worker.close("killed")
+        discharge(worker)
 
     def stop(self, graceful: bool) -> None:
         living = [w for w in self.workers if not w.closed]
