@@ -104,7 +104,21 @@ class ContextError(DistgradError):
 
 
 class BackwardError(DistgradError):
-    """A distributed backward pass failed; names the worker and the node."""
+    """A distributed backward pass failed; its ``__cause__`` is the original exception.
+
+    Attributes
+    ----------
+    worker
+        Name of the worker where it failed.
+    node
+        Name of the node whose rule or hook raised, or "".
+    remote_traceback
+        Text; "" if it failed on this worker.
+    """
+
+    worker: str = ""
+    node: str = ""
+    remote_traceback: str = ""
 
 
 class GraphError(DistgradError):

@@ -99,6 +99,9 @@ class Site:
         table = self.world.passes[run.pass_id].gradients
         return IntegerTask(run.roots, sends, bool(run.flags & RETAIN), table)
 
+    def missing(self, context_id: int) -> Exception:
+        return LookupError("released")
+
     def describe(self, pass_id: int, error: BaseException, node: str) -> PassAbort:
         return PassAbort(pass_id, node, (type(error).__name__, str(error), self.worker_id))
 
@@ -171,7 +174,7 @@ class Site:
         part = self.parts.pop(context_id, None)
         if part is None:
             return
-        part.release(LookupError("released"))
+        part.release()
         for peer in sorted(part.known - {sender, self.worker_id} - self.lost):
             with suppress(WorkerLostError):
                 self.send(peer, "cleanup", context_id)

@@ -40,6 +40,9 @@ class Host(Protocol):
     def build(self, part: Part, run: Run, sends: Collection[Any]) -> Graph:
         """Return the graph of a pass."""
 
+    def missing(self, context_id: int) -> Exception:
+        """Return the error that says what became of a context."""
+
     def describe(self, pass_id: int, error: BaseException, node: str) -> PassAbort:
         """Return the message that tells of a failure here, at a node of that name or ""."""
 
@@ -140,6 +143,8 @@ class Part:
     ) -> Run:
         """Make this worker the root of a new pass and run its first sweep on this thread."""
         with self.lock:
+            if self.released:
+                raise self.host.missing(self.context_id)
             run = self.table.open(pass_id, flags)
             run.roots, run.done, run.busy = roots, done, True
             ends = self.table.all_ends()
@@ -178,14 +183,19 @@ class Part:
                     cause = self.host.describe(run.pass_id, error, "")
                     self._queue(run, BackwardPass.on_lost, peer, cause)
 
-    def release(self, error: BaseException) -> None:
-        """Finish the context here; passes that are not complete fail with ``error``."""
+    def release(self) -> None:
+        """Finish the context here; passes whose part here is not complete fail."""
         with self.lock:
             self.released = True
             self.sends, self.recvs = {}, {}
             for run in self.table.passes.values():
-                cause = self.host.describe(run.pass_id, error, "")
-                self._queue(run, BackwardPass.on_released, cause)
+                if run.busy or run.state is not State.COMPLETE or run.root == run.worker:
+                    self._queue(run, self._leave)
+
+    def _leave(self, run: Run) -> None:
+        if run.state is not State.OVER and run.state is not State.FAILED:
+            run.error = self.host.missing(self.context_id)
+            run.on_released(self.host.describe(run.pass_id, run.error, ""))
 
     def _tell_begun(self, method: Callable[..., None], *args: Any) -> None:
         for run in self.table.passes.values():
@@ -193,7 +203,7 @@ class Part:
                 self._queue(run, method, *args)
 
     def _queue(self, run: Run, method: Callable[..., None], *args: Any) -> None:
-        run.events.append((method, args))
+        run.events.append((method, args))  # called with the run, then these
         if not run.busy:
             run.busy = True
             self.host.schedule(self, run)

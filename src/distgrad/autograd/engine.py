@@ -1,0 +1,292 @@
+"""Distributed autograd on one worker: its contexts, and the passes that run through them."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from distgrad import message as messages
+from distgrad._core import GraphTask, Tensor
+from distgrad.autograd.context import ContextPart, DistAutogradContext, current
+from distgrad.autograd.part import Part, Run
+from distgrad.autograd.protocol import INTO_GRAD, LATE, RETAIN, Message, State, worker_of
+from distgrad.autograd.roots import failure, seeds
+from distgrad.autograd.tombstones import Tombstones
+from distgrad.errors import ContextError, RpcTimeoutError, TransportError
+from distgrad.message import CleanupContext, JoinContext, PassAbort
+from distgrad.rpc import Future, Worker, deadline
+from distgrad.rpc.failures import describe
+
+if TYPE_CHECKING:
+    from distgrad._codec import Frame
+
+__all__ = ["Engine"]
+
+_PASS_MESSAGES: tuple[Any, ...] = (
+    messages.PropagateGradients,
+    messages.PassBegin,
+    messages.PassComplete,
+    messages.PassEnd,
+    messages.PassAbort,
+)
+
+
+class Engine:
+    """The contexts and passes of one worker; its ``extensions["autograd"]``.
+
+    All methods may be called from any thread.
+
+    Parameters
+    ----------
+    worker
+        The worker.
+
+    Attributes
+    ----------
+    parts
+        Contexts that are not released, by id.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.worker_id = worker.id
+        self.lost: Collection[int] = worker.agent.links.lost
+        self.parts: dict[int, ContextPart] = {}
+        self._released = Tombstones()
+        self._lock = threading.Lock()
+        first = (worker.id << 48) + 1
+        self._context_ids = itertools.count(first)
+        self._pass_ids = itertools.count(first)
+        self.message_ids = itertools.count(first)
+        self._newest = first - 1
+        for kind in _PASS_MESSAGES:
+            worker.register(kind, partial(self._on_pass_message, kind), inline=True)
+        worker.register(CleanupContext, self._on_cleanup, inline=True)
+        worker.register(JoinContext, self._on_join, inline=True)
+        worker.on_lost.append(self._on_lost)
+
+    # --- contexts ------------------------------------------------------------------------
+
+    def new_context(self) -> DistAutogradContext:
+        """Return a context that this worker creates when it is entered."""
+        self._newest = next(self._context_ids)
+        return DistAutogradContext(ContextPart(self, self._newest))
+
+    def open(self, part: ContextPart) -> None:
+        """Make a context of this worker known; it is entered for the first time."""
+        if part.released or part.context_id in self.parts:
+            state = "finished" if part.released else "open"
+            raise ContextError(
+                f"cannot enter autograd context {part.context_id}: it is {state} already",
+                hint="call context() for a new one, or use() to make it current in a thread",
+            )
+        self.parts[part.context_id] = part
+
+    def part(self, context_id: int) -> ContextPart | None:
+        """Return this worker's part of a context, made on first sight; None if released."""
+        part = self.parts.get(context_id)
+        return part if part is not None else self._meet(context_id)
+
+    def _meet(self, context_id: int) -> ContextPart | None:
+        creator = worker_of(context_id)
+        if creator == self.worker_id or creator in self.lost or context_id in self._released:
+            return None
+        with self._lock:
+            part = self.parts.get(context_id)
+            if part is None and context_id not in self._released:
+                part = self.parts[context_id] = ContextPart(self, context_id)
+        if self.lost:
+            self._rejoin(context_id)
+        return part
+
+    def existing(self, context_id: int) -> ContextPart:
+        """Return this worker's part of a context.
+
+        Raises
+        ------
+        ContextError
+            If the context is finished or was never known here.
+        """
+        part = self.parts.get(context_id)
+        if part is None:
+            raise self.missing(context_id)
+        return part
+
+    def missing(self, context_id: int) -> ContextError:
+        """Return the error that tells what became of a context."""
+        at = self._released.when(context_id)
+        name = self.worker.name
+        own = worker_of(context_id) == self.worker_id and context_id <= self._newest
+        if at is not None or own:
+            ago = "" if at is None else f" {time.monotonic() - at:.3g} s ago"
+            return ContextError(
+                f"cannot find autograd context {context_id} on worker {name!r}: "
+                f"it was finished{ago}",
+                hint="use gradients before the `with context()` block ends",
+            )
+        return ContextError(
+            f"cannot find autograd context {context_id}: worker {name!r} has not heard of it",
+            hint="a worker learns of a context by the first call made to it inside",
+        )
+
+    def release(self, context_id: int, sender: int = -1) -> None:
+        """Finish a context here and on the workers that learned of it from this one."""
+        with self._lock:
+            self._released.add(context_id)
+            part = self.parts.pop(context_id, None)
+        if part is None:
+            return
+        part.release()
+        for peer in part.known:
+            if peer != sender and peer != self.worker_id:
+                self._post(peer, CleanupContext(), context_id)
+
+    def _post(self, to: int, body: Any, context_id: int) -> None:
+        """Tell a peer, if it is still there to be told."""
+        try:
+            self.worker.post(to, body, context_id=context_id)
+        except TransportError:
+            return
+
+    def _on_cleanup(self, worker: Worker, sender: int, frame: Frame, body: Any) -> None:
+        self.release(frame.context_id, sender)
+
+    def _on_join(self, worker: Worker, sender: int, frame: Frame, body: Any) -> None:
+        part = self.parts.get(frame.context_id)
+        if part is not None:
+            part.known.add(sender)
+        else:
+            self._post(sender, CleanupContext(), frame.context_id)
+
+    def _on_lost(self, peer: int, why: Exception) -> None:
+        for part in list(self.parts.values()):
+            part.lose(peer, why)
+            self._rejoin(part.context_id)
+
+    def _rejoin(self, context_id: int) -> None:
+        """Have the creator itself tell of the release: who would have told us may be lost."""
+        creator = worker_of(context_id)
+        if creator == self.worker_id:
+            return
+        try:
+            self.worker.post(creator, JoinContext(), context_id=context_id)
+        except TransportError:
+            self.release(context_id)
+
+    # --- passes: what a part needs of its worker -----------------------------------------
+
+    def post(self, part: Part, to: int, message: Message) -> None:
+        """Send a message of a pass."""
+        self.worker.post(to, message, context_id=part.context_id)
+
+    def schedule(self, part: Part, run: Run) -> None:
+        """Have the events of a pass taken by the thread that waits for it, or another."""
+        self.worker.submit(partial(_drain, part, run), ("backward", run.pass_id))
+
+    def build(self, part: Part, run: Run, sends: Collection[Any]) -> GraphTask:
+        """Return the graph of a pass."""
+        assert isinstance(part, ContextPart)
+        return GraphTask(
+            run.roots,
+            sends=sends,
+            retain_graph=bool(run.flags & RETAIN),
+            table=None if run.flags & INTO_GRAD else part.gradients,
+        )
+
+    def describe(self, pass_id: int, error: BaseException, node: str) -> PassAbort:
+        """Return the message that tells of a failure on this worker."""
+        return PassAbort(pass_id, node, tuple(describe(error, self.worker.name)))
+
+    def _on_pass_message(
+        self, kind: Any, worker: Worker, sender: int, frame: Frame, body: Any
+    ) -> None:
+        message = kind(*body)
+        part = self.part(frame.context_id)
+        if part is not None and part.receive(sender, message):
+            return
+        if not getattr(message, "flags", LATE) & LATE:  # it invites into the pass
+            refusal = self.describe(message.pass_id, self.missing(frame.context_id), "")
+            self._post(sender, refusal, frame.context_id)
+
+    def backward(
+        self,
+        context_id: int,
+        roots: Sequence[Tensor],
+        retain_graph: bool = False,
+        *,
+        grads: Sequence[Any] | None = None,
+        create_graph: bool = False,
+        accumulate_into: str = "context",
+        timeout: float | None = None,
+    ) -> None:
+        """Run a backward pass; see `distgrad.autograd.backward`."""
+        part = self.existing(context_id)
+        flags = _flags(retain_graph, create_graph, accumulate_into)
+        starts = seeds(roots, grads)
+        pass_id = next(self._pass_ids)
+        outcome = Future(chain=("backward", pass_id), agent=self.worker.agent)
+        outer = current.get()
+        current.set(part)
+        try:
+            run = part.start(pass_id, flags, starts, outcome.set_result)
+        finally:
+            current.set(outer)
+        if not outcome.done():
+            _await(part, run, outcome, _patience(timeout))
+        cause = outcome.wait()
+        if cause is not None:
+            raise failure(cause, run.error if run.cause is cause else None)
+
+    def debug_info(self) -> dict[str, int]:
+        """Return counters for `rpc.debug_info`."""
+        runs = [run for part in list(self.parts.values()) for run in part.table.passes.values()]
+        return {
+            "autograd.contexts": len(self.parts),
+            "autograd.passes": sum(run.state is not State.COMPLETE for run in runs),
+            "autograd.sends": sum(len(part.sends) for part in list(self.parts.values())),
+            "autograd.recvs": sum(len(part.recvs) for part in list(self.parts.values())),
+        }
+
+
+def _drain(part: ContextPart, run: Run) -> None:
+    current.set(part)
+    part.drain(run)
+
+
+def _flags(retain_graph: bool, create_graph: bool, accumulate_into: str) -> int:
+    if create_graph:
+        raise NotImplementedError(
+            "cannot run a distributed backward pass with create_graph=True: passes across "
+            "workers are not recorded yet; Tensor.backward and distgrad.grad are"
+        )
+    if accumulate_into not in ("context", "grad"):
+        raise ValueError(
+            f"cannot accumulate into {accumulate_into!r}: expected 'context' or 'grad'"
+        )
+    return (RETAIN if retain_graph else 0) | (INTO_GRAD if accumulate_into == "grad" else 0)
+
+
+def _patience(timeout: float | None) -> float | None:
+    """Return how long a pass may take: what is asked for, and within the call served here."""
+    by = deadline()
+    if by is None:
+        return timeout
+    left = max(0.0, by - time.monotonic())
+    return left if timeout is None else min(timeout, left)
+
+
+def _await(part: ContextPart, run: Run, outcome: Future, patience: float | None) -> None:
+    try:
+        outcome.wait(patience)
+    except RpcTimeoutError:
+        error = RpcTimeoutError(
+            f"cannot finish the backward pass: it was not done within {patience:g} s"
+        )
+        part.fail(run, error)
+    except BaseException as error:
+        part.fail(run, error)
+        raise

@@ -1,0 +1,109 @@
+"""What autograd records of the messages of the forward pass."""
+
+from __future__ import annotations
+
+import traceback
+from typing import TYPE_CHECKING
+
+from distgrad._core import is_grad_enabled, set_history
+from distgrad.autograd.context import ContextPart, current
+from distgrad.autograd.functions import RecvRpcBackward, SendRpcBackward
+from distgrad.config import config
+from distgrad.rpc.hooks import PayloadHook
+
+if TYPE_CHECKING:
+    from distgrad._core import Tensor
+    from distgrad.autograd.engine import Engine
+    from distgrad.rpc import Worker
+
+__all__ = ["Recorder"]
+
+
+class Recorder(PayloadHook):
+    """Adds the messages of one worker to its contexts.
+
+    A call made inside a context carries the context's id whether or not it has tensors, so
+    that the callee's own calls join the context. Under `no_grad` nothing is recorded.
+
+    Parameters
+    ----------
+    engine
+        The worker's contexts.
+    """
+
+    __slots__ = ("_engine",)
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def outgoing(
+        self, worker: Worker, to_id: int, tensors: list[Tensor], is_response: bool
+    ) -> tuple[int, int]:
+        """Record a send for the tensors that require grad."""
+        part = current.get()
+        if part is None or part.released or part.host is not self._engine:
+            return 0, 0
+        context_id = part.context_id
+        part.known.add(to_id)
+        for end in part.table.ends_for(to_id):
+            worker.post(to_id, end, context_id=context_id)
+        if not tensors or not is_grad_enabled():
+            return context_id, 0
+        node = SendRpcBackward(tensors, next(self._engine.message_ids), to_id)
+        if config.trace_graph:
+            node.metadata["recorded at"] = "".join(traceback.format_stack()[:-2])
+        part.record_send(node)
+        return context_id, node.message_id
+
+    def undelivered(self, worker: Worker, context_id: int, message_id: int) -> None:
+        """Remove the send of a message that never left."""
+        part = self._engine.parts.get(context_id)
+        if part is not None:
+            part.drop_send(message_id)
+
+    def uncertain(self, worker: Worker, context_id: int, message_id: int) -> None:
+        """Have the next passes ask the receiver whether it knows the message."""
+        part = self._engine.parts.get(context_id)
+        if part is not None:
+            part.doubt_send(message_id)
+
+    def incoming(
+        self, worker: Worker, from_id: int, context_id: int, message_id: int, tensors: list[Tensor]
+    ) -> None:
+        """Record a recv and make it the history of the tensors.
+
+        Tensors of a context that is finished stay leaves.
+        """
+        part = self._engine.part(context_id)
+        if part is None:
+            return
+        node = RecvRpcBackward(len(tensors), message_id, from_id, context_id)
+        for slot, tensor in enumerate(tensors):
+            set_history(tensor, node, slot)
+        part.record_recv(node)
+
+    def entered(self, worker: Worker, context_id: int) -> Entered:
+        """Make the context current, or none if it is finished."""
+        return Entered(self._engine.part(context_id))
+
+
+class Entered:
+    """Makes a context current in a ``with`` block.
+
+    Parameters
+    ----------
+    part
+        The context; None for no context.
+    """
+
+    __slots__ = ("_outer", "_part")
+
+    def __init__(self, part: ContextPart | None) -> None:
+        self._part = part
+
+    def __enter__(self) -> None:
+        self._outer = current.get()
+        current.set(self._part)
+
+    def __exit__(self, *exception: object) -> None:
+        current.set(self._outer)
