@@ -588,7 +588,10 @@ cdef object saved_argument(OpNode node, object value, int argument, unsigned int
 
 cdef int save(OpNode node, tuple args, dict kwargs, object answer, unsigned int mask) except -1:
     cdef int i
-    if (mask & ~<unsigned int>NEED_ANSWER) or node.op.shapes:
+    cdef bint any_plain = False
+    for i in range(node.n_args):
+        any_plain |= not isinstance(args[i], TensorBase)
+    if any_plain or node.op.shapes or (mask & ~<unsigned int>NEED_ANSWER):
         node.args = tuple([saved_argument(node, args[i], i, mask) for i in range(node.n_args)])
     if kwargs:
         node.kwargs = kwargs

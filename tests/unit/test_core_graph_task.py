@@ -1,0 +1,202 @@
+"""GraphTask: the pass as distributed autograd drives it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import distgrad as dg
+from distgrad._core import GradientTable, GraphTask, Node, gradient_edge, set_history
+
+Gradients = tuple[np.ndarray[Any, Any] | None, ...]
+
+
+class Send(Node):
+    """Hands delivered gradients to the tensors that were sent."""
+
+    def __init__(self, *tensors: dg.Tensor) -> None:
+        super().__init__([gradient_edge(t) for t in tensors], len(tensors))
+
+    def apply(self, grads: Gradients) -> Gradients:
+        return grads
+
+
+class Recv(Node):
+    """Collects gradients of received tensors."""
+
+    def __init__(self, *arrays: Any) -> None:
+        super().__init__([], len(arrays))
+        self.boundary = True
+        self.tensors = [dg.tensor(a) for a in arrays]
+        for slot, tensor in enumerate(self.tensors):
+            set_history(tensor, self, slot)
+
+
+def leaf(*values: float) -> dg.Tensor:
+    return dg.tensor(values, requires_grad=True)
+
+
+def test_task_boundary_is_handed_out_with_all_slots() -> None:
+    recv = Recv([1.0, 2.0], [3.0], 4.0)
+    a, b, _ = recv.tensors
+    loss = (a * a).sum() + b.sum()
+    task = GraphTask([(loss, np.ones(()))])
+    assert task.reaches(recv)
+    ((node, grads),) = task.run()
+    assert node is recv
+    assert [None if g is None else g.tolist() for g in grads] == [[2.0, 4.0], [1.0], None]
+    assert task.done
+    assert task.run() == []
+
+
+def test_task_does_not_reach_a_dangling_boundary() -> None:
+    recv, x = Recv(1.0), leaf(1.0)
+    assert not GraphTask([(x * 2, np.ones(1))]).reaches(recv)
+
+
+def test_task_waits_for_sends() -> None:
+    x = leaf(2.0)
+    h = x * 3
+    send = Send(h)
+    task = GraphTask([(h * h, np.ones(1))], sends=[send])
+    assert task.run() == []
+    assert x.grad is None
+    assert not task.done
+    task.deliver(send, [np.array([100.0])])
+    task.run()
+    assert task.done
+    assert x.grad.tolist() == [3.0 * (2 * 6.0 + 100.0)]
+
+
+def test_task_none_counts_down_without_arithmetic() -> None:
+    recv = Recv([1.0])
+    send = Send(recv.tensors[0] * 2)
+    task = GraphTask([], sends=[send])
+    assert task.run() == []
+    task.deliver(send, None)
+    assert task.run() == [(recv, None)]
+    assert task.done
+
+
+def test_task_deliver_twice_or_to_a_stranger_raises() -> None:
+    send = Send(leaf(1.0))
+    task = GraphTask([], sends=[send])
+    with pytest.raises(dg.GraphError, match="2 slots|slots"):
+        task.deliver(send, [])
+    task.deliver(send, None)
+    for node in (send, Send(leaf(1.0))):
+        with pytest.raises(dg.GraphError, match="does not wait"):
+            task.deliver(node, None)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_task_sums_contributions_in_edge_order(order: tuple[int, ...]) -> None:
+    x = leaf(0.0)
+    sends = [Send(x) for _ in range(3)]
+    task = GraphTask([], sends=sends, table=GradientTable())
+    table = GradientTable()
+    task = GraphTask([], sends=sends, table=table)
+    values = [1e16, 1.0, -1e16]
+    for i in order:
+        task.deliver(sends[i], [np.array([values[i]])])
+        task.run()
+    assert table.get(x).tolist() == [(values[0] + values[1]) + values[2]]
+
+
+def test_task_never_writes_a_delivered_buffer() -> None:
+    x = leaf(1.0)
+    first, second = Send(x), Send(x)
+    buffers = [np.array([1.0]), np.array([2.0])]
+    table = GradientTable()
+    task = GraphTask([], sends=[first, second], table=table)
+    task.deliver(first, [buffers[0]])
+    task.deliver(second, [buffers[1]])
+    task.run()
+    assert table.get(x).tolist() == [3.0]
+    assert [b.tolist() for b in buffers] == [[1.0], [2.0]]
+
+
+def test_table_keeps_gradients_apart_from_grad() -> None:
+    x, y = leaf(1.0), leaf(2.0)
+    table = GradientTable()
+    for _ in range(3):
+        GraphTask([(x * y, np.ones(1))], table=table).run()
+    found = table.as_dict()
+    assert len(table) == 2
+    assert (found[x].tolist(), found[y].tolist()) == ([6.0], [3.0])
+    assert x.grad is None
+    table.clear()
+    assert table.get(x) is None
+
+
+def test_table_hands_out_gradients_nobody_else_sees() -> None:
+    x, y = leaf(1.0), leaf(2.0)
+    table = GradientTable()
+    seed = np.ones(1)
+    GraphTask([(x + y, seed)], table=table).run()
+    table.get(x)[0] = 7.0
+    assert (table.get(y).tolist(), seed.tolist()) == ([1.0], [1.0])
+    assert table.get(x) is table.get(x)
+
+
+def test_task_failure_names_the_node() -> None:
+    class Broken(Recv):
+        def apply(self, grads: Gradients) -> Gradients:
+            raise ValueError("broken")
+
+    node = Broken(1.0)
+    node.boundary = False
+    task = GraphTask([(node.tensors[0] * 2, np.ones(()))])
+    with pytest.raises(ValueError, match="broken"):
+        task.run()
+    assert task.failed_node == "Broken"
+
+
+def test_task_create_graph_hands_out_tensors() -> None:
+    recv = Recv([3.0])
+    a = recv.tensors[0]
+    ((_, grads),) = GraphTask([((a * a).sum(), np.ones(()))], create_graph=True).run()
+    assert isinstance(grads[0], dg.Tensor)
+    assert grads[0].requires_grad
+    ((_, second),) = GraphTask([(grads[0].sum(), np.ones(()))]).run()
+    assert second[0].tolist() == [2.0]
+
+
+def test_two_tasks_may_walk_one_graph_at_once() -> None:
+    x = leaf(2.0)
+    h = x * x
+    send = Send(h)
+    tables = [GradientTable(), GradientTable()]
+    tasks = [GraphTask([], sends=[send], retain_graph=True, table=t) for t in tables]
+    for i, task in enumerate(tasks):
+        task.deliver(send, [np.array([10.0**i])])
+    for task in reversed(tasks):
+        task.run()
+    assert [t.get(x).tolist() for t in tables] == [[4.0], [40.0]]
+
+
+def test_apply_with_wrong_number_of_gradients_raises() -> None:
+    class Short(Send):
+        def apply(self, grads: Gradients) -> Gradients:
+            return ()
+
+    send = Short(leaf(1.0))
+    task = GraphTask([], sends=[send])
+    task.deliver(send, [np.ones(1)])
+    with pytest.raises(dg.GraphError, match="0 gradients for 1 edges"):
+        task.run()
+
+
+def test_node_edge_to_missing_slot_raises() -> None:
+    with pytest.raises(ValueError, match="no slot 1"):
+        Node([(Send(leaf(1.0)), 1)], 1)
+
+
+def test_deep_python_chain_is_freed_without_recursion() -> None:
+    x = leaf(1.0)
+    node: Node = Send(x)
+    for _ in range(100_000):
+        node = Node([(node, 0)], 1)
+    del node
