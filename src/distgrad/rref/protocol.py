@@ -106,6 +106,7 @@ class Fork:
     origin: bool = False  # this worker created the RRef with it
     dropped: bool = False  # the program let go of it
     children: set[int] = field(default_factory=set)  # forks passed on, not accepted yet
+    cause: BaseException | None = None  # why it is not confirmed, for the user's errors
 
 
 @dataclass(slots=True)
@@ -207,6 +208,10 @@ class ReferenceCounts:
         fork = self._use(rref_id, self.new_id(), owner, self.worker_id, ForkState.PENDING)
         fork.origin = True
         return fork
+
+    def abandon(self, fork: Fork) -> None:
+        """Forget a fork whose creating call never left."""
+        del self.used[fork.fork_id]
 
     def pass_on(self, fork: Fork, to: int) -> int:
         """Mint a child of a fork for worker ``to``, and return its id (invariant 3)."""
