@@ -1,3 +1,4 @@
+# cython: auto_pickle=False, autotestdict=False
 """Warm, aligned receive buffers; ``_pool.pxd`` is the map.
 
 P1  A block is in exactly one place: one live slab, or one free list.

@@ -1,3 +1,4 @@
+# cython: auto_pickle=False, autotestdict=False
 """Poller and StreamConnection; ``_stream.pxd`` is the map, ``base.py`` the contract.
 
 S1  The input side of a connection, its end and its file descriptor belong to the polling
