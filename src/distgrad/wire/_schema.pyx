@@ -1,4 +1,4 @@
-# cython: auto_pickle=False, autotestdict=False
+# cython: auto_pickle=False, autotestdict=False, boundscheck=True, wraparound=True
 """What encoder and decoder agree on: tags, limits, dtypes and registered types.
 
 ``docs/wire-format.md`` is the contract; the tables here are compared with it by a test.
@@ -114,9 +114,10 @@ cdef object describe(dtype):
         fields = [dtype.fields[name] for name in dtype.names]
         formats = tuple([describe(field[0]) for field in fields])
         offsets = tuple([field[1] for field in fields])
-        if None in formats or any([len(field) > 2 for field in fields]):  # 3: with a title
+        titles = tuple([field[2] if len(field) > 2 else None for field in fields])
+        if None in formats:
             return None
-        return dtype.names, formats, offsets, dtype.itemsize, dtype.isalignedstruct
+        return dtype.names, formats, offsets, titles, dtype.itemsize, dtype.isalignedstruct
     if dtype.subdtype is not None:
         base = describe(dtype.base)
         return None if base is None else (base, dtype.shape)
@@ -133,11 +134,12 @@ cdef object undescribe(description):
     if type(description) is tuple and len(description) == 2:
         base, shape = description
         return np.dtype((undescribe(base), shape))
-    if type(description) is tuple and len(description) == 5:
-        names, formats, offsets, itemsize, aligned = description
+    if type(description) is tuple and len(description) == 6:
+        names, formats, offsets, titles, itemsize, aligned = description
+        formats = [undescribe(item) for item in formats]
         return np.dtype(
-            {"names": list(names), "formats": [undescribe(item) for item in formats],
-             "offsets": list(offsets), "itemsize": itemsize}, align=aligned is True,
+            {"names": list(names), "formats": formats, "offsets": list(offsets),
+             "titles": list(titles), "itemsize": itemsize}, align=aligned is True,
         )
     raise malformed("a dtype is not described by plain values")
 
