@@ -11,10 +11,11 @@ from cpython.ref cimport Py_INCREF, Py_XDECREF
 from cpython.tuple cimport PyTuple_GET_ITEM
 
 from distgrad.graph._gradient cimport accumulate, add_gradients, fit, store_gradient
+from distgrad.graph._kernels cimport small_gradient
 from distgrad.graph._node cimport (
     NEAR_ARGS, RECEIVES, RUNS, AccumulateGrad, Edge, Hooks, Node, OpNode, Storage, TensorBase,
     check_fresh, edge_of,
-    grad_mode, is_inexact, meta_dtype, meta_shape, unwrap, wrap,
+    grad_mode, is_inexact, meta_dtype, meta_shape, same_meta, unwrap, wrap,
 )
 
 import numpy as np
@@ -544,7 +545,9 @@ cdef class GraphTask:
             return 0
         if gradient is not None:
             owner = <Node>edge.node
-            gradient = fit(gradient, &owner.slots[edge.slot], node, self.create)
+            if self.create or not cnp.PyArray_CheckExact(gradient) or not same_meta(
+                    &owner.slots[edge.slot], <cnp.ndarray>gradient):
+                gradient = fit(gradient, &owner.slots[edge.slot], node, self.create)
             self.put(
                 self.visits[target].first_slot + edge.slot,
                 -1 if self.places == NULL else self.places[self.visits[index].first_edge + k],
@@ -684,6 +687,11 @@ cdef class GraphTask:
         cdef object position
         if target >= 0 and not self.visits[target].needed:
             return None
+        if node.op.kernel and not self.create:
+            value = small_gradient(node.op.kernel, argument, <object>stack[1], <object>stack[3],
+                                   <object>stack[3 + (node.n_args > 1)], <object>stack[2])
+            if value is not None:
+                return value
         if node.kwargs is not None:
             kwargs = <PyObject *>node.kwargs
         if node.op.variadic is not None:

@@ -3,6 +3,7 @@
 cimport numpy as cnp
 from cpython.object cimport PyObject
 
+from distgrad.graph._kernels cimport small_add_into
 from distgrad.graph._node cimport (
     AccumulateGrad, Meta, Node, TensorBase, mark_written, meta_dtype, meta_shape, same_meta, wrap,
 )
@@ -86,6 +87,8 @@ cdef object add_gradients(PyObject *first, PyObject *second, bint create):
     args[0] = first
     args[1] = second
     if is_exclusive(first):
+        if small_add_into(<object>first, <object>second):
+            return <object>first
         args[2] = first
     elif is_exclusive(second):
         args[2] = second

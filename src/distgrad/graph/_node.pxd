@@ -14,6 +14,8 @@ Invariants, cited by checks and tests:
 cimport numpy as cnp
 from cpython.object cimport PyObject
 
+from distgrad.graph._kernels cimport Kernel
+
 cdef enum:
     NEAR_DIMS = 4       # dimensions that a Meta holds without an allocation
     NEAR_EDGES = 2      # edges that a node holds without an allocation
@@ -78,7 +80,7 @@ cdef class Op:
     cdef unsigned int needs[8]      # for each argument what its rule reads; bit i: argument i
     cdef bint shapes                # rules read shapes of arguments that are not saved
     cdef readonly bint differentiable
-    cdef int code                   # kernel number, 0 without
+    cdef Kernel kernel              # own loop for small arrays, or NO_KERNEL
 
 
 cdef class Node:

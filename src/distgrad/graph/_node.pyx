@@ -11,6 +11,11 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF, Py_XDECREF, Py_XINCREF
 from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
 
+from distgrad.graph._kernels cimport (
+    ADD, DIVIDE, EXP, MULTIPLY, NEGATIVE, RELU, SIGMOID, SQRT, SQUARE, SUBTRACT, TANH, Kernel,
+    small_binary,
+)
+
 import operator
 from contextlib import ContextDecorator
 
@@ -430,6 +435,11 @@ cdef int attach(TensorBase tensor, Node node, int slot) except -1:
 
 # ---------------------------------------------------------------- operations
 
+cdef dict KERNELS = {
+    np.add: ADD, np.subtract: SUBTRACT, np.multiply: MULTIPLY, np.true_divide: DIVIDE,
+    np.negative: NEGATIVE, np.exp: EXP, np.tanh: TANH, np.sqrt: SQRT, np.square: SQUARE,
+}
+cdef dict NAMED_KERNELS = {"relu": RELU, "sigmoid": SIGMOID}
 cdef dict OPS = {}          # function -> Op
 cdef dict FUNCTIONS = {}    # function -> callable on tensors, for functions made of operations
 
@@ -451,6 +461,7 @@ cdef class Op:
         self.function = function
         self.name = name or function.__name__
         self.differentiable = differentiable
+        self.kernel = KERNELS.get(function) or NAMED_KERNELS.get(name, 0)
         self.rules = ()
         for i in range(8):
             self.needs[i] = NEED_ALL
@@ -741,7 +752,12 @@ cdef object binary(Op op, object a, object b):
         values[1] = <PyObject *>b
     else:
         return NotImplemented
-    output = wrap(PyObject_Vectorcall(op.function, values, 2, NULL))
+    result = None
+    if op.kernel:
+        result = small_binary(op.kernel, <object>values[0], <object>values[1])
+    if result is None:
+        result = PyObject_Vectorcall(op.function, values, 2, NULL)
+    output = wrap(result)
     if tracked and op.differentiable and grad_enabled():
         record_binary(op, a, b, output)
     return output

@@ -76,7 +76,8 @@ def constant(functions: Iterable[Callable[..., Any]]) -> None:
 
 def conj(x: Any) -> Any:
     """Conjugate of a complex value; a real one itself, without a copy."""
-    return np.conjugate(x) if getattr(x, "dtype", np.dtype(type(x))).kind == "c" else x
+    complex_valued = x.dtype.kind == "c" if hasattr(x, "dtype") else isinstance(x, complex)
+    return np.conjugate(x) if complex_valued else x
 
 
 def spread(reduced: Any, ndim: int, axis: Any, keepdims: bool) -> Any:
