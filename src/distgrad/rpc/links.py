@@ -155,6 +155,8 @@ class Links:
             self._open -= rest
         for other in rest:
             other.abort()
+        for address in self._world.addresses_of(peer):
+            transport_for(address.partition("://")[0]).tidy(address)
         return peer, why
 
     @property

@@ -38,6 +38,11 @@ from distgrad.transport.base import Handshake
 __all__ = ["Place", "find_place", "meet"]
 
 
+# Containers may share a host name and process ids; this differs. Drawn once, at import:
+# workers that start at the same time on threads of one process must agree on it.
+_PROCESS_MARK = secrets.token_hex(8)
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a world meets, and this worker's number in it.
@@ -233,7 +238,7 @@ def new_member(name: str, rank: int, addresses: list[str]) -> Member:
         rank,
         secrets.randbits(63) | 1,
         host,
-        f"{host}/{os.getpid()}/{_process_mark()}",
+        f"{host}/{os.getpid()}/{_PROCESS_MARK}",
         tuple(addresses),
     )
 
@@ -251,12 +256,6 @@ def _boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
-
-
-@cache
-def _process_mark() -> str:
-    """Containers may share a host name and process ids; this differs."""
-    return secrets.token_hex(8)
 
 
 def _is_loopback(host: str) -> bool:

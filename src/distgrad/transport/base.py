@@ -187,3 +187,10 @@ class Transport(ABC):
         TransportError
             Nobody listens there, or nobody answered in time.
         """
+
+    def tidy(self, address: str) -> None:
+        """Remove what a peer that ended without notice left behind at its address.
+
+        Only what is provably abandoned and belongs to this user; otherwise nothing. Does
+        not wait. Called when a peer is lost.
+        """

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import socket
+import stat
 import struct
 import tempfile
 import threading
@@ -19,6 +20,7 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from distgrad.config import config
@@ -43,6 +45,7 @@ _NO_DESCRIPTOR_PAUSE_S = 0.5
 _NO_DESCRIPTOR = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 #: Longest path of a Unix socket (``sun_path`` less its terminating zero).
 _MAX_PATH_BYTES = 107
+_DIRECTORY = "distgrad-"  # prefix of the directories that hold a socket each
 
 # Listeners of this process, only for the child of a fork: it must not keep them open.
 _listeners: weakref.WeakSet[StreamListener] = weakref.WeakSet()
@@ -235,21 +238,53 @@ class StreamListener(Listener):
             raise
 
 
+def _listened_on(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return False
+        except BlockingIOError:  # its queue is full
+            return True
+    return True
+
+
 class UnixTransport(StreamTransport):
     """Sockets in the file system, in a directory that only this user may enter."""
 
     scheme = "unix"
 
     def bind(self, host: str | None) -> tuple[socket.socket, str, Callable[[], None]]:
-        """Bind to a file in a fresh directory of mode 0700."""
-        directory = tempfile.mkdtemp(prefix="distgrad-")
-        if len(os.fsencode(directory)) + 2 > _MAX_PATH_BYTES:
+        """Bind to a file in a fresh directory of mode 0700; sweep up after the dead first."""
+        for abandoned in Path(tempfile.gettempdir()).glob(f"{_DIRECTORY}*/s"):
+            self.tidy(f"unix://{abandoned}")
+        directory = tempfile.mkdtemp(prefix=_DIRECTORY)
+        if len(os.fsencode(directory)) + len("/new") > _MAX_PATH_BYTES:
             os.rmdir(directory)
-            directory = tempfile.mkdtemp(prefix="distgrad-", dir="/tmp")
+            directory = tempfile.mkdtemp(prefix=_DIRECTORY, dir="/tmp")
         path = f"{directory}/s"
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.bind(path)
+        # It gets its name once it listens: before, others would take it for abandoned.
+        sock.bind(f"{directory}/new")
+        sock.listen(_BACKLOG)
+        os.rename(f"{directory}/new", path)
         return sock, f"unix://{path}", lambda: shutil.rmtree(directory, ignore_errors=True)
+
+    def tidy(self, address: str) -> None:
+        """Remove a socket of this user that nobody listens on, and its directory if empty.
+
+        The path may come from a peer, so nothing but such a socket is ever removed.
+        """
+        path = Path(address.removeprefix("unix://"))
+        with suppress(OSError):  # gone already, or not ours
+            status = path.lstat()
+            if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.getuid():
+                return
+            if not _listened_on(path):
+                path.unlink()
+                if path.parent.name.startswith(_DIRECTORY):
+                    path.parent.rmdir()
 
     def peer_uid(self, sock: socket.socket) -> int | None:
         """Return the user id that the peer had when it connected or listened."""
