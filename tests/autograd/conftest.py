@@ -1,0 +1,28 @@
+"""Worlds for the tests of distributed autograd."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from distgrad.testing import World
+
+# Importlib mode puts no folder on the path; `served` holds what the workers call.
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(params=["inproc", "unix"])
+def trio(request: pytest.FixtureRequest) -> Iterator[World]:
+    """Three workers, as threads and as processes."""
+    with World(3, transport=request.param) as world:
+        yield world
+
+
+@pytest.fixture
+def threads() -> Iterator[World]:
+    """Three workers in this process."""
+    with World(3) as world:
+        yield world

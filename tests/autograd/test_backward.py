@@ -1,0 +1,337 @@
+"""Backward passes across workers: gradients as on one worker, and every pass ends."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import served
+from numpy.testing import assert_array_equal
+
+import distgrad as dg
+from distgrad import autograd as dist_autograd
+from distgrad import rpc
+from distgrad.errors import BackwardError, GraphError, RpcTimeoutError
+from distgrad.testing import World
+
+
+def on_first(world: World, program: Any) -> Any:
+    return world.run(program, ranks=[0])[0]
+
+
+def leaf(*values: float) -> Any:
+    return dg.tensor(list(values), requires_grad=True)
+
+
+def gradient(context_id: int, tensor: Any) -> Any:
+    return dist_autograd.get_gradients(context_id)[tensor].numpy()
+
+
+def one_call(rank: int) -> Any:
+    x = leaf(1.0, 2.0)
+    with dist_autograd.context() as context_id:
+        loss = rpc.rpc_sync("worker1", served.weigh, args=(x,)).sum()
+        dist_autograd.backward(context_id, [loss])
+        there = rpc.rpc_sync("worker1", served.gradient_of_weight, args=(int(context_id),))
+        assert x.grad is None
+        return gradient(context_id, x), there
+
+
+def test_backward_one_call_gives_gradients_on_both_workers(trio: World) -> None:
+    here, there = on_first(trio, one_call)
+    assert_array_equal(here, [2.0, 3.0])
+    assert_array_equal(there, [1.0, 2.0])
+
+
+def unused_result(rank: int) -> Any:
+    x = leaf(1.0)
+    with dist_autograd.context() as context_id:
+        rpc.rpc_sync("worker1", served.scale, args=(x,))
+        rpc.rpc_sync("worker2", served.through, args=(x, [1, 0]))
+        loss = rpc.rpc_sync("worker1", served.scale, args=(x, 5.0)).sum()
+        dist_autograd.backward(context_id, [loss], timeout=20)
+        return gradient(context_id, x)
+
+
+def test_backward_unused_results_do_not_keep_it_waiting(trio: World) -> None:
+    assert_array_equal(on_first(trio, unused_result), [5.0])
+
+
+def failed_calls(rank: int) -> Any:
+    x = leaf(1.0)
+    with dist_autograd.context() as context_id:
+        with pytest.raises(KeyError):
+            rpc.rpc_sync("worker1", served.fail, args=(x,))
+        with pytest.raises(dg.rpc.NotExposedError):
+            rpc.rpc_sync("worker1", on_first, args=(x,))
+        loss = rpc.rpc_sync("worker1", served.scale, args=(x, 5.0)).sum()
+        dist_autograd.backward(context_id, [loss], timeout=20)
+        return gradient(context_id, x)
+
+
+def test_backward_after_failed_calls_ends(trio: World) -> None:
+    assert_array_equal(on_first(trio, failed_calls), [5.0])
+
+
+def timed_out_call(rank: int) -> Any:
+    x = leaf(1.0)
+    rpc.rpc_sync("worker1", served.forbid)
+    with dist_autograd.context() as context_id:
+        with pytest.raises(RpcTimeoutError):
+            rpc.rpc_sync("worker1", served.wait_for_permission, args=(x,), timeout=0.05)
+        loss = rpc.rpc_sync("worker2", served.scale, args=(x, 5.0)).sum()
+        dist_autograd.backward(context_id, [loss], retain_graph=True, timeout=20)
+        rpc.rpc_sync("worker1", served.permit)
+        dist_autograd.backward(context_id, [loss], timeout=20)
+        return gradient(context_id, x)
+
+
+def test_backward_during_and_after_timed_out_call_ends(trio: World) -> None:
+    assert_array_equal(on_first(trio, timed_out_call), [10.0])
+
+
+def call_in_flight(rank: int) -> Any:
+    x = leaf(1.0)
+    rpc.rpc_sync("worker1", served.forbid)
+    with dist_autograd.context() as context_id:
+        late = rpc.rpc_async("worker1", served.wait_for_permission, args=(x,))
+        loss = rpc.rpc_sync("worker1", served.scale, args=(x, 5.0)).sum()
+        dist_autograd.backward(context_id, [loss], retain_graph=True, timeout=20)
+        rpc.rpc_sync("worker1", served.permit)
+        dist_autograd.backward(context_id, [late.wait().sum()], timeout=20)
+        return gradient(context_id, x)
+
+
+def test_backward_with_call_in_flight_leaves_it_out_and_takes_it_next_time(trio: World) -> None:
+    assert_array_equal(on_first(trio, call_in_flight), [6.0])
+
+
+def nested(rank: int) -> Any:
+    x = leaf(1.0, -1.0)
+    with dist_autograd.context() as context_id:
+        loss = rpc.rpc_sync("worker1", served.bounce, args=(x, 9)).sum()
+        dist_autograd.backward(context_id, [loss], timeout=20)
+        part = dist_autograd.retrieve_context(context_id)
+        return gradient(context_id, x), len(part.send_functions), len(part.recv_functions)
+
+
+def test_backward_nested_calls_back_and_forth(trio: World) -> None:
+    found, sends, recvs = on_first(trio, nested)
+    assert_array_equal(found, [4.0**9] * 2)
+    assert (sends, recvs) == (9, 9)
+
+
+def repeated(rank: int) -> Any:
+    x = leaf(1.0)
+    with dist_autograd.context() as context_id:
+        loss = rpc.rpc_sync("worker1", served.through, args=(x, [2, 0])).sum()
+        dist_autograd.backward(context_id, [loss], retain_graph=True)
+        once = gradient(context_id, x).copy()
+        for _ in range(20):
+            dist_autograd.backward(context_id, [loss], retain_graph=True)
+        dist_autograd.backward(context_id, [loss])
+        with pytest.raises(BackwardError) as caught:
+            dist_autograd.backward(context_id, [loss])
+        assert isinstance(caught.value.__cause__, GraphError)
+        return once, gradient(context_id, x), rpc.rpc_sync("worker1", served.counters)
+
+
+def test_backward_repeated_accumulates_and_keeps_nothing(trio: World) -> None:
+    once, all_passes, left = on_first(trio, repeated)
+    assert_array_equal(all_passes, 22 * once)
+    assert left["autograd.passes"] == 0
+
+
+def under_no_grad(rank: int) -> Any:
+    x = leaf(2.0)
+    with dist_autograd.context() as context_id:
+        with dg.no_grad():
+            constant = rpc.rpc_sync("worker1", served.scale, args=(x,)).detach()
+        part = dist_autograd.retrieve_context(context_id)
+        recorded = len(part.send_functions) + len(part.recv_functions)
+        loss = (rpc.rpc_sync("worker1", served.scale, args=(x,)) * constant).sum()
+        dist_autograd.backward(context_id, [loss], timeout=20)
+        return recorded, gradient(context_id, x)
+
+
+def test_backward_calls_under_no_grad_record_nothing(trio: World) -> None:
+    recorded, found = on_first(trio, under_no_grad)
+    assert recorded == 1  # the answer: the callee knows no no_grad
+    assert_array_equal(found, [18.0])
+
+
+def slots(rank: int) -> Any:
+    x = leaf(1.0)
+    with dist_autograd.context() as context_id:
+        _, second = rpc.rpc_sync("worker1", served.pair_of, args=(x,))
+        both = rpc.rpc_sync("worker1", served.multiply, args=(x, x))
+        part = dist_autograd.retrieve_context(context_id)
+        widths = [node.num_inputs for node in part.send_functions.values()]
+        dist_autograd.backward(context_id, [second.sum(), both.sum()])
+        return widths, gradient(context_id, x)
+
+
+def test_backward_one_tensor_twice_is_one_slot_and_unused_outputs_are_none(trio: World) -> None:
+    widths, found = on_first(trio, slots)
+    assert widths == [1, 1]
+    assert_array_equal(found, [7.0])
+
+
+def own_worker(rank: int) -> Any:
+    x = leaf(1.0)
+    with dist_autograd.context() as context_id:
+        loss = rpc.rpc_sync("worker0", served.through, args=(x, [0, 1])).sum()
+        rpc.rpc_sync("worker0", served.scale, args=(x,))
+        dist_autograd.backward(context_id, [loss], timeout=20)
+        return gradient(context_id, x)
+
+
+def test_backward_calls_to_oneself(trio: World) -> None:
+    assert_array_equal(on_first(trio, own_worker), [3.0])
+
+
+def explicit_gradients(rank: int) -> Any:
+    x = leaf(1.0, 2.0)
+    with dist_autograd.context() as context_id:
+        y = rpc.rpc_sync("worker1", served.weigh, args=(x,))
+        with pytest.raises(GraphError, match="one element"):
+            dist_autograd.backward(context_id, [y])
+        dist_autograd.backward(
+            context_id, [y, y.sum()], grads=[[10.0, 100.0], None], accumulate_into="grad"
+        )
+        assert dist_autograd.get_gradients(context_id) == {}
+    return x.grad.numpy(), rpc.rpc_sync("worker1", served.stored_gradient_of_weight)
+
+
+def test_backward_explicit_gradients_into_grad_everywhere(trio: World) -> None:
+    here, there = on_first(trio, explicit_gradients)
+    assert_array_equal(here, [22.0, 303.0])
+    assert_array_equal(there, [11.0, 202.0])
+
+
+def references(rank: int) -> Any:
+    x = leaf(1.0)
+    with dist_autograd.context() as context_id:
+        rref = rpc.remote("worker1", served.scale, args=(x,))
+        loss = rpc.rpc_sync("worker2", fetch_and_add, args=(rref, x)).sum()
+        dist_autograd.backward(context_id, [loss], timeout=20)
+        return gradient(context_id, x)
+
+
+@rpc.expose
+def fetch_and_add(rref: Any, x: Any) -> Any:
+    return rref.to_here() + x
+
+
+def test_backward_through_remote_references(trio: World) -> None:
+    assert_array_equal(on_first(trio, references), [4.0])
+
+
+def started_elsewhere(rank: int) -> Any:
+    x = leaf(1.0)
+    with dist_autograd.context() as context_id:
+        rpc.rpc_sync("worker1", lose_there, args=(int(context_id), x))
+        rref = rpc.remote("worker2", served.scale, args=(x,))
+        rref.backward(int(context_id))
+        return gradient(context_id, x)
+
+
+@rpc.expose
+def lose_there(context_id: int, x: Any) -> None:
+    dist_autograd.backward(context_id, [(x * 7.0).sum()])
+
+
+def test_backward_started_by_others_than_the_creator(trio: World) -> None:
+    assert_array_equal(on_first(trio, started_elsewhere), [10.0])
+
+
+def at_once(rank: int) -> Any:
+    x = leaf(1.0)
+    totals = []
+
+    def train(context: Any, factor: float) -> None:
+        worker_activity.set(mine)
+        with context.use():
+            loss = rpc.rpc_sync("worker1", served.through, args=(x * factor, [2, 1])).sum()
+            dist_autograd.backward(context, [loss], timeout=30)
+
+    from distgrad.rpc.activity import activity as worker_activity
+
+    mine = worker_activity.get()
+    with dist_autograd.context() as first, dist_autograd.context() as second:
+        contexts = [first, second] * 4
+        workers = [
+            threading.Thread(target=train, args=(context, 10.0**number))
+            for number, context in enumerate(contexts)
+        ]
+        for thread in workers:
+            thread.start()
+        for thread in workers:
+            thread.join(40)
+        totals = [gradient(context, x) for context in (first, second)]
+    return totals
+
+
+def test_backward_many_threads_two_contexts_all_exact(trio: World) -> None:
+    """Each pass adds its own digit; what is lost or twice there shows."""
+    first, second = on_first(trio, at_once)
+    assert_array_equal(first, [3 * 1010101.0])
+    assert_array_equal(second, [3 * 10101010.0])
+
+
+def hooked(rank: int) -> Any:
+    x = leaf(1.0)
+    seen = []
+    x.register_hook(lambda g: seen.append("leaf") or g * 2.0)
+    with dist_autograd.context() as context_id:
+        y = rpc.rpc_sync("worker1", served.scale, args=(x,))
+        y.register_hook(lambda g: seen.append("received") or g + 1.0)
+        (send,) = dist_autograd.retrieve_context(context_id).send_functions.values()
+        send.register_hook(lambda inputs, outputs: seen.append(send.name()))
+        dist_autograd.backward(context_id, [y.sum()])
+        return seen, gradient(context_id, x)
+
+
+def test_backward_runs_hooks_in_order(trio: World) -> None:
+    seen, found = on_first(trio, hooked)
+    assert seen == ["received", "SendRpcBackward", "leaf"]
+    assert_array_equal(found, [12.0])
+
+
+def outside(rank: int) -> Any:
+    x = leaf(1.0)
+    with dist_autograd.context():
+        y = rpc.rpc_sync("worker1", served.scale, args=(x,))
+    wrong_context = pytest.raises(BackwardError, match="outside its context")
+    with dist_autograd.context() as second, wrong_context:
+        dist_autograd.backward(second, [y.sum()])
+
+
+def test_backward_of_tensor_received_in_another_context_says_so(trio: World) -> None:
+    on_first(trio, outside)
+
+
+@pytest.mark.parametrize(
+    ("roots", "error"),
+    [([], ValueError), (None, TypeError), ([1.0], TypeError), (np.ones(1), TypeError)],
+)
+def test_backward_wrong_roots_raise(threads: World, roots: Any, error: type[Exception]) -> None:
+    def wrong(rank: int) -> None:
+        with dist_autograd.context() as context_id, pytest.raises(error):
+            dist_autograd.backward(context_id, roots)
+
+    threads.run(wrong, ranks=[0])
+
+
+def test_backward_create_graph_is_refused_clearly(threads: World) -> None:
+    def program(rank: int) -> None:
+        x = leaf(1.0)
+        with dist_autograd.context() as context_id:
+            with pytest.raises(NotImplementedError, match=r"Tensor\.backward"):
+                dist_autograd.backward(context_id, [x.sum()], create_graph=True)
+            with pytest.raises(ValueError, match="'context' or 'grad'"):
+                dist_autograd.backward(context_id, [x.sum()], accumulate_into="leaf")
+
+    threads.run(program, ranks=[0])

@@ -1,0 +1,279 @@
+"""Passes that fail: everybody is told why, and nothing is left behind."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import served
+from numpy.testing import assert_array_equal
+
+import distgrad as dg
+from distgrad import autograd as dist_autograd
+from distgrad import rpc
+from distgrad.errors import (
+    BackwardError,
+    ContextError,
+    RpcTimeoutError,
+    TransportError,
+    WorkerLostError,
+)
+from distgrad.testing import World
+
+
+class Brittle(dg.Function):
+    """The identity; its rule raises as long as the worker's switch is on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        if switch.is_set():
+            raise ZeroDivisionError("this rule is broken")
+        return grad
+
+
+switch = threading.Event()
+
+
+@rpc.expose
+def turn(on: bool) -> None:
+    switch.set() if on else switch.clear()
+
+
+@rpc.expose
+def brittle(x: Any) -> Any:
+    return Brittle.apply(x)
+
+
+@rpc.expose
+def brittle_behind(x: Any, route: list[int]) -> Any:
+    if not route:
+        return Brittle.apply(x)
+    return rpc.rpc_sync(route[0], brittle_behind, args=(x * 1.0, route[1:])) * 1.0
+
+
+def broken_rule(rank: int) -> Any:
+    x = dg.tensor([1.0], requires_grad=True)
+    rpc.rpc_sync("worker2", turn, args=(True,))
+    with dist_autograd.context() as context_id:
+        loss = rpc.rpc_sync("worker1", brittle_behind, args=(x, [2])).sum()
+        other = rpc.rpc_sync("worker1", served.through, args=(x, [2, 1, 0])).sum()
+        with pytest.raises(BackwardError) as caught:
+            dist_autograd.backward(context_id, [loss + other], retain_graph=True, timeout=20)
+        error = caught.value
+        assert isinstance(error.__cause__, ZeroDivisionError)
+        assert error.__cause__.args == ("this rule is broken",)
+        rpc.rpc_sync("worker2", turn, args=(False,))
+        before = {k: g.numpy() * 1.0 for k, g in dist_autograd.get_gradients(context_id).items()}
+        dist_autograd.backward(context_id, [loss], timeout=20)
+        gained = dist_autograd.get_gradients(context_id)[x].numpy() - before.get(x, 0.0)
+        running = [served.counters(*route)["autograd.passes"] for route in ([], [1], [1, 2])]
+    left = [served.counters(*route) for route in ([], [1], [1, 2])]
+    return error.worker, error.node, error.remote_traceback, str(error), gained, running, left
+
+
+def test_backward_broken_rule_elsewhere_names_worker_node_and_traceback(trio: World) -> None:
+    worker, node, trace, text, gained, running, left = trio.run(broken_rule, ranks=[0])[0]
+    assert worker == "worker2"
+    assert "Brittle" in node
+    assert "raise ZeroDivisionError" in trace
+    assert "on worker 'worker2'" in text
+    assert "raise ZeroDivisionError" in text
+    assert_array_equal(gained, [1.0])
+    assert running == [0, 0, 0]
+    assert left == [served.NOTHING] * 3
+
+
+def broken_at_home(rank: int) -> None:
+    x = dg.tensor([1.0], requires_grad=True)
+    switch.set()
+    with dist_autograd.context() as context_id:
+        y = brittle(x)
+        loss = rpc.rpc_sync("worker1", served.scale, args=(y,)).sum()
+        with pytest.raises(BackwardError) as caught:
+            dist_autograd.backward(context_id, [loss], timeout=20)
+    switch.clear()
+    assert caught.value.worker == "worker0"
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert caught.value.__cause__.__traceback__ is not None
+    assert [served.counters(*route) for route in ([], [1])] == [served.NOTHING] * 2
+
+
+def test_backward_broken_rule_here_keeps_the_exception_itself(trio: World) -> None:
+    trio.run(broken_at_home, ranks=[0])
+
+
+started, may_go_on = threading.Event(), threading.Event()
+
+
+class Slow(dg.Function):
+    """The identity; its rule waits until it is let go."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        started.set()
+        assert may_go_on.wait(30)
+        return grad
+
+
+@rpc.expose
+def slow(x: Any) -> Any:
+    started.clear()
+    may_go_on.clear()
+    return Slow.apply(x)
+
+
+@rpc.expose
+def let_go() -> None:
+    may_go_on.set()
+
+
+@rpc.expose
+def wait_for_start() -> bool:
+    return started.wait(30)
+
+
+def too_slow(rank: int) -> None:
+    x = dg.tensor([1.0], requires_grad=True)
+    with dist_autograd.context() as context_id:
+        loss = rpc.rpc_sync("worker1", slow, args=(x,)).sum()
+        with pytest.raises(BackwardError) as caught:
+            dist_autograd.backward(context_id, [loss], timeout=0.05)
+        assert isinstance(caught.value.__cause__, RpcTimeoutError)
+        rpc.rpc_sync("worker1", let_go)
+        again = rpc.rpc_sync("worker1", served.scale, args=(x,)).sum()
+        dist_autograd.backward(context_id, [again], timeout=20)
+        assert_array_equal(dist_autograd.get_gradients(context_id)[x].numpy(), [3.0])
+    assert [served.counters(*route) for route in ([], [1])] == [served.NOTHING] * 2
+
+
+def test_backward_timeout_fails_the_pass_and_leaves_the_context_usable(trio: World) -> None:
+    trio.run(too_slow, ranks=[0])
+
+
+def lose_a_worker(rank: int) -> Any:
+    """Worker 0 runs a pass that waits for worker 2, which is killed meanwhile."""
+    if rank == 1:
+        return rpc.rpc_sync("worker2", wait_for_start)
+    x = dg.tensor([1.0], requires_grad=True)
+    with dist_autograd.context() as context_id:
+        loss = rpc.rpc_sync("worker1", call_slow, args=(x,)).sum()
+        with pytest.raises(BackwardError) as caught:
+            dist_autograd.backward(context_id, [loss], timeout=30)
+        assert isinstance(caught.value.__cause__, WorkerLostError)
+        again = rpc.rpc_sync("worker1", served.scale, args=(x,)).sum()
+        dist_autograd.backward(context_id, [again], timeout=20)
+        found = dist_autograd.get_gradients(context_id)[x].numpy()
+    return found, [served.counters(*route) for route in ([], [1])]
+
+
+@rpc.expose
+def call_slow(x: Any) -> Any:
+    return rpc.rpc_sync("worker2", slow, args=(x * 1.0,)) * 1.0
+
+
+@pytest.mark.parametrize("transport", ["inproc", "unix"])
+def test_backward_worker_killed_during_the_pass_fails_it_at_once(transport: str) -> None:
+    started.clear()
+    with World(3, transport=transport) as world:
+        outcome: list[Any] = []
+        root = threading.Thread(
+            target=lambda: outcome.append(world.run(lose_a_worker, ranks=[0])[0])
+        )
+        root.start()
+        if transport == "inproc":
+            assert started.wait(30)
+        else:
+            wait_until_started(world)
+        world.kill(2)
+        root.join(40)
+        may_go_on.set()
+        ((found, left),) = outcome
+        assert_array_equal(found, [3.0])
+        assert left == [served.NOTHING] * 2
+
+
+def wait_until_started(world: World) -> None:
+    assert world.run(lose_a_worker, ranks=[1]) == [True]
+
+
+def call_until_lost(name: str, x: Any) -> None:
+    """A worker is lost when its connection is seen to end, soon after it ended."""
+    while True:
+        try:
+            rpc.rpc_sync(name, served.scale, args=(x,))
+        except WorkerLostError:
+            return
+        except TransportError:
+            continue
+
+
+def test_backward_after_a_worker_was_lost_goes_on_with_the_others() -> None:
+    def program(rank: int) -> Any:
+        x = dg.tensor([1.0], requires_grad=True)
+        with dist_autograd.context() as context_id:
+            first = rpc.rpc_sync("worker2", served.scale, args=(x,))
+            world.kill(2)
+            call_until_lost("worker2", x)
+            loss = rpc.rpc_sync("worker1", served.scale, args=(x,)).sum()
+            dist_autograd.backward(context_id, [loss], retain_graph=True, timeout=20)
+            found = dist_autograd.get_gradients(context_id)[x].numpy()
+            with pytest.raises(BackwardError) as caught:
+                dist_autograd.backward(context_id, [loss + first.sum()], timeout=20)
+            assert isinstance(caught.value.__cause__, WorkerLostError)
+        return found, [served.counters(*route) for route in ([], [1])]
+
+    with World(3) as world:
+        found, left = world.run(program, ranks=[0])[0]
+    assert_array_equal(found, [3.0])
+    assert left == [served.NOTHING] * 2
+
+
+def test_backward_context_released_meanwhile_fails_the_pass(threads: World) -> None:
+    context_ids: list[Any] = []
+
+    def create(rank: int) -> None:
+        x = dg.tensor([1.0], requires_grad=True)
+        with dist_autograd.context() as context_id:
+            rref = rpc.remote("worker1", served.scale, args=(x,))
+            rpc.rpc_sync("worker2", prepare, args=(rref,))
+            context_ids.append(int(context_id))
+            may_leave.wait(30)
+
+    def run_pass(rank: int) -> None:
+        while not context_ids:
+            rpc.rpc_sync("worker0", served.counters)
+        with pytest.raises(BackwardError) as caught:
+            dist_autograd.backward(context_ids[0], [prepared.pop()], timeout=30)
+        assert isinstance(caught.value.__cause__, ContextError)
+
+    may_leave = threading.Event()
+    started.clear()
+    creator = threading.Thread(target=lambda: threads.run(create, ranks=[0]))
+    creator.start()
+    runner = threading.Thread(target=lambda: failures.extend(threads.run(run_pass, ranks=[2])))
+    failures: list[Any] = []
+    runner.start()
+    assert started.wait(30)
+    may_leave.set()
+    creator.join(30)
+    may_go_on.set()
+    runner.join(30)
+    assert failures == [None]
+
+
+prepared: list[Any] = []
+
+
+@rpc.expose
+def prepare(rref: Any) -> None:
+    may_go_on.clear()
+    prepared.append(Slow.apply(rref.to_here()).sum())
