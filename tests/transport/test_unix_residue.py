@@ -12,8 +12,12 @@ from distgrad.testing import World
 from distgrad.transport.registry import transport_for
 
 
-def sockets():
-    return set(Path(tempfile.gettempdir()).glob("distgrad-*/s"))
+@pytest.fixture
+def sockets(monkeypatch):
+    """Let all sockets be made in a directory of this test alone, and list them."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield lambda: list(Path(folder).glob("distgrad-*/s"))
 
 
 @rpc.expose
@@ -25,20 +29,23 @@ def call_neighbour(rank):
     rpc.rpc_sync(1 - rank, nothing)
 
 
+def call_on_and_on(rank):
+    while True:
+        rpc.rpc_sync(1, nothing)
+
+
 def notice_loss(rank):
     with pytest.raises(WorkerLostError):
-        while True:
-            rpc.rpc_sync(1, nothing)
+        call_on_and_on(rank)
 
 
-def test_killed_worker_leaves_no_socket_once_its_loss_is_noticed():
-    before = sockets()
+def test_killed_worker_leaves_no_socket_once_its_loss_is_noticed(sockets):
     with World(2, transport="unix") as world:
         world.run(call_neighbour)
         world.kill(1)
         world.run(notice_loss, ranks=[0])
-        assert len(sockets() - before) == 1  # that of the living
-    assert sockets() <= before
+        assert len(sockets()) == 1  # that of the living
+    assert sockets() == []
 
 
 def test_tidy_spares_sockets_in_use_and_other_files(tmp_path):

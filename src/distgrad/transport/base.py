@@ -188,7 +188,7 @@ class Transport(ABC):
             Nobody listens there, or nobody answered in time.
         """
 
-    def tidy(self, address: str) -> None:
+    def tidy(self, address: str) -> None:  # noqa: B027 - most transports leave nothing behind
         """Remove what a peer that ended without notice left behind at its address.
 
         Only what is provably abandoned and belongs to this user; otherwise nothing. Does
