@@ -19,7 +19,13 @@ from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 from distgrad import _codec
-from distgrad.errors import DistgradError, ProtocolError, RpcTimeoutError, TransportError
+from distgrad.errors import (
+    DistgradError,
+    ProtocolError,
+    RpcTimeoutError,
+    TransportError,
+    WorkerLostError,
+)
 from distgrad.message import KINDS, Bye, Cancel, Error, Reply, code_of
 from distgrad.rpc.crew import Crew
 from distgrad.rpc.failures import describe, rebuild
@@ -215,8 +221,13 @@ class Agent:
             hook.undelivered(self.worker, future.context_id, future.message_id)
 
     def _send(self, connection: Any, message: _codec.Outgoing) -> None:
+        try:
+            sent = connection.send(message)
+        except TransportError as error:
+            name = self.worker.world.name_of(connection.peer)
+            raise WorkerLostError(f"cannot send to worker {name!r}: {error}") from error
         self.bytes_sent += message.nbytes
-        if not connection.send(message) and not self.crew.polls_here():
+        if not sent and not self.crew.polls_here():
             self.crew.drain(connection)
 
     def post(self, to: int, kind: int, body: tuple[Any, ...], *, context_id: int = 0) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["install"]
 
 #: Modules with a function ``install(worker)``, in the order in which they are called.
-EXTENSIONS = ("distgrad.autograd", "distgrad.rref")
+EXTENSIONS = ("distgrad.autograd", "distgrad.rref", "distgrad.optim")
 
 
 def install(worker: Worker) -> None:
