@@ -148,6 +148,8 @@ class Links:
         else:
             fact = str(error) if error is not None else "its connection closed"
             why = WorkerLostError(f"worker {name!r} is lost: {fact}")
+        for address in self._world.addresses_of(peer):
+            transport_for(address.partition("://")[0]).tidy(address)
         with self._adopting:  # from here on nobody sends to it, whatever else is connected
             self.lost[peer] = why
             self._to.pop(peer, None)
@@ -155,8 +157,6 @@ class Links:
             self._open -= rest
         for other in rest:
             other.abort()
-        for address in self._world.addresses_of(peer):
-            transport_for(address.partition("://")[0]).tidy(address)
         return peer, why
 
     @property
