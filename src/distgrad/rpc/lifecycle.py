@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 from typing import Any
 
+from distgrad.config import config
 from distgrad.rpc import extensions, rendezvous
 from distgrad.rpc.activity import (
     Activity,
@@ -94,6 +96,7 @@ class _Joining:
         self._poller = Poller()
         self._listeners: list[Listener] = []
         self._worker: Worker | None = None
+        self._ready = threading.Event()
         self._schemes = _schemes(backend, meeting.place.scheme, self._secret)
         self._published = _schemes(backend, meeting.place.scheme, self._secret)
         if "inproc" not in self._schemes:
@@ -118,6 +121,7 @@ class _Joining:
         worker.extensions["departure"] = Departure(worker)
         extensions.install(worker)
         self._worker = worker
+        self._ready.set()
         worker.agent.crew.start()
         return worker
 
@@ -130,9 +134,11 @@ class _Joining:
             secure=self._secret is not None,
         )
 
-    # Both run on the thread that polls, and nobody polls before the worker is there.
+    # Both run on the thread that polls, and nobody polls before the worker is there; but a
+    # worker of this process that came earlier shakes hands on its own thread.
 
     def _handshake(self, peer_uid: int | None) -> Any:
+        self._ready.wait(config.handshake_timeout)
         assert self._worker is not None
         return self._worker.world.handshake(connecting=False, peer_uid=peer_uid)
 
