@@ -98,7 +98,7 @@ def stage_arguments(seed: int) -> list[tuple[tuple[int, ...], int, bool, int]]:
 
 def cross_entropy(scores: Any, labels: np.ndarray[Any, Any]) -> Any:
     """Return the mean negative log-likelihood of one-hot labels."""
-    scores = scores - scores.numpy().max(axis=1, keepdims=True)
+    scores = scores - scores.detach().numpy().max(axis=1, keepdims=True)
     per_image = np.log(np.exp(scores).sum(axis=1)) - (scores * labels).sum(axis=1)
     return per_image.mean()
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -122,8 +122,9 @@ def open_world(
         try:
             yield world
         except DistgradError as error:
+            death = world.first_death()
             rpc.shutdown(graceful=False)
-            if death := world.first_death():
+            if death:
                 raise WorkerLostError(f"cannot go on: {death}") from error
             raise
         except BaseException:
@@ -186,7 +187,9 @@ def _be_worker(
     name: str, transport: str, rank: int, size: int, options: rpc.RpcBackendOptions
 ) -> None:
     rpc.init_rpc(name, transport, rank, size, options)
-    rpc.shutdown()  # serves until all workers have come here
+    # Serves until all workers have come here. What goes wrong, the calling process tells.
+    with suppress(DistgradError):
+        rpc.shutdown()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
