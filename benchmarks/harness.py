@@ -279,7 +279,7 @@ def print_case(measurements: Measurements, case: Case) -> None:
         low, high = numbers["quartiles_s"]
         spread = 100 * (high - low) / 2 / numbers["median_s"]
         ratio = "" if numbers["ratio"] is None else f"{numbers['ratio']:8.2f} x the time"
-        print(f"  {name:<24}{case.show(numbers['median_s']):>18}  ±{spread:3.0f} % {ratio}")
+        print(f"  {name:<28}{case.show(numbers['median_s']):>18}  ±{spread:3.0f} % {ratio}")
 
 
 def parse_arguments(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -329,7 +329,7 @@ def main(
         for system in chosen:
             system.start(options.torch_python)
             state = f"missing: {system.missing}" if system.missing else system.version
-            print(f"{system.name:<26}{state}")
+            print(f"{system.name:<28}{state}")
         measure_all(measurements, options.seconds)
     finally:
         for system in chosen:
