@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from distgrad._core import Tensor
+from distgrad.errors import GraphError
 from distgrad.optim import SGD, Adam, AdamW, Optimizer
 
 STEPS = 7
@@ -115,7 +116,7 @@ def test_step_follows_the_formula(
         expected = np.reshape([path[t] for path in paths], shape)
         np.testing.assert_allclose(param.data, expected, rtol=1e-12, atol=1e-12)
         np.testing.assert_array_equal(given[param].data, gradient)
-    assert np.shares_memory(param.data, memory)
+    assert np.shares_memory(param.data, memory) == (phases == 1)
 
 
 @pytest.mark.parametrize(("cls", "rule", "settings"), CASES, ids=name_of)
@@ -150,3 +151,17 @@ def test_step_float32_keeps_its_dtype() -> None:
     optimizer.step({param: Tensor(np.ones(3, np.float32))})
     assert param.data.dtype == np.float32
     assert optimizer.state[param]["mean"].dtype == np.float32
+
+
+@pytest.mark.parametrize("phases", [1, 2])
+def test_step_graph_that_saved_the_old_values_is_refused(phases: int) -> None:
+    param = Tensor(np.ones(2), requires_grad=True)
+    loss = (param * param).sum()
+    optimizer = SGD([param], lr=0.1)
+    given = {param: Tensor(np.ones(2))}
+    if phases == 1:
+        optimizer.step(given)
+    else:
+        optimizer.prepare(given).commit()
+    with pytest.raises(GraphError):
+        loss.backward()

@@ -1,7 +1,31 @@
-"""Optimizers: update parameters in place, from ``.grad`` or from given gradients."""
+"""Optimizers: update parameters from ``.grad``, given gradients, or a distributed context."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from distgrad.optim.adam import Adam, AdamW
 from distgrad.optim.optimizer import Optimizer
 from distgrad.optim.sgd import SGD
 
-__all__ = ["SGD", "Adam", "AdamW", "Optimizer"]
+if TYPE_CHECKING:
+    from distgrad.optim.distributed import DistributedOptimizer
+    from distgrad.rpc import Worker
+
+__all__ = ["SGD", "Adam", "AdamW", "DistributedOptimizer", "Optimizer", "install"]
+
+
+def install(worker: Worker) -> None:
+    """Let a worker take part in distributed steps; rpc calls this when a worker starts."""
+    from distgrad.optim.part import StepTable
+
+    worker.extensions["optim"] = StepTable(worker)
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first touch: who optimizes locally needs no remote calls.
+    if name == "DistributedOptimizer":
+        from distgrad.optim.distributed import DistributedOptimizer
+
+        return DistributedOptimizer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

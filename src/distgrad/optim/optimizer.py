@@ -24,7 +24,7 @@ Parameters: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
 class Optimizer(ABC):
-    """Updates parameters in place from their gradients.
+    """Updates parameters from their gradients.
 
     Not safe for use by several threads at once.
 
@@ -111,6 +111,7 @@ class Optimizer(ABC):
         for param, gradient, group in self._work(gradients):
             data, state = param.data, self.state.setdefault(param, {})
             self._update(np.atleast_1d(data), gradient, state, group)
+            param.data = data  # the same memory: a graph that saved the old values notices
 
     def prepare(self, gradients: Mapping[Tensor, Tensor] | None = None) -> PreparedStep:
         """Compute a step without applying it; everything that can fail fails here.
@@ -199,9 +200,13 @@ class PreparedStep:
     outcomes: list[tuple[Tensor, Array, dict[str, Any]]]
 
     def commit(self) -> None:
-        """Write the new values into the parameters."""
+        """Put the new values in the place of the old ones.
+
+        Arrays are exchanged, not written: who reads a parameter at this moment sees all
+        of the old values or all of the new ones.
+        """
         for param, data, state in self.outcomes:
-            param.data[...] = data
+            param.data = data
             self.optimizer.state[param] = state
 
 

@@ -1,0 +1,295 @@
+"""One optimizer over parameters of several workers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distgrad import autograd as dist_autograd
+from distgrad import rpc
+from distgrad._core import Tensor
+from distgrad.errors import ContextError, DistgradError
+from distgrad.optim import SGD, Adam, DistributedOptimizer, Optimizer
+from distgrad.testing import World
+
+PATIENCE_S = 20.0
+
+weights: dict[tuple[int, str], Tensor] = {}
+
+
+@rpc.expose
+def make_weight(name: str, values: Any) -> Any:
+    """Make a parameter on the worker that is called."""
+    own = rpc.get_worker_info().id
+    weights[own, name] = Tensor(np.array(values, dtype=float), requires_grad=True)
+    return rpc.RRef(weights[own, name])
+
+
+@rpc.expose
+def scale(name: str, x: Any) -> Any:
+    """Multiply with a parameter of the worker that is called."""
+    return weights[rpc.get_worker_info().id, name] * x
+
+
+@rpc.expose
+class Stubborn(SGD):
+    """Refuses to step where the gradient is negative."""
+
+    def _update(self, data: Any, gradient: Any, state: Any, group: Any) -> None:
+        if (gradient < 0).any():
+            raise ArithmeticError("the gradient points uphill")
+        super()._update(data, gradient, state, group)
+
+
+class Unexposed(SGD):
+    """Is not exposed."""
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    weights.clear()
+    with World(4) as running:
+        yield running
+
+
+def on(world: World, rank: int, body: Any) -> Any:
+    return world.run(lambda rank: body(), ranks=[rank])[0]
+
+
+def wait_until(condition: Any) -> None:
+    until, pause = time.monotonic() + PATIENCE_S, threading.Event()
+    while not condition():
+        assert time.monotonic() < until, "it never happened"
+        pause.wait(0.005)
+
+
+def steps_at(world: World, rank: int) -> int:
+    def count() -> int:
+        info = rpc.debug_info()
+        return info["optim.steps"] + info["optim.locks"]
+
+    return int(on(world, rank, count))
+
+
+def train(optimizer: DistributedOptimizer, inputs: dict[tuple[int, str], Any]) -> None:
+    """Make ``inputs`` the gradients of the parameters, and step."""
+    with dist_autograd.context() as context_id:
+        products = [
+            rpc.rpc_sync(owner, scale, (name, Tensor(np.array(x, dtype=float))))
+            for (owner, name), x in inputs.items()
+        ]
+        dist_autograd.backward(context_id, [product.sum() for product in products])
+        optimizer.step(context_id)
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [(SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}), (Adam, {"lr": 0.05})],
+    ids=["sgd", "adam"],
+)
+def test_steps_equal_those_of_a_local_optimizer(
+    world: World, cls: type[Optimizer], settings: dict[str, Any]
+) -> None:
+    def body() -> None:
+        places = [(0, "w"), (1, "w"), (1, "b"), (3, "w")]
+        random = np.random.default_rng(3)
+        first = [random.standard_normal(5) for _ in places]
+        rrefs = [
+            rpc.rpc_sync(owner, make_weight, (name, values))
+            for (owner, name), values in zip(places, first, strict=True)
+        ]
+        twins = [Tensor(values.copy(), requires_grad=True) for values in first]
+        optimizer, local = DistributedOptimizer(cls, rrefs, **settings), cls(twins, **settings)
+        for _ in range(4):
+            gradients = [random.standard_normal(5) for _ in places]
+            train(optimizer, dict(zip(places, gradients, strict=True)))
+            local.step(dict(zip(twins, map(Tensor, gradients), strict=True)))
+        for rref, twin in zip(rrefs, twins, strict=True):
+            np.testing.assert_allclose(rref.to_here().data, twin.data, rtol=1e-12)
+
+    on(world, 0, body)
+
+
+def test_step_parameter_without_gradient_stays(world: World) -> None:
+    def body() -> None:
+        rrefs = [rpc.rpc_sync(owner, make_weight, ("w", [1.0])) for owner in (1, 2)]
+        train(DistributedOptimizer(SGD, rrefs, lr=0.5), {(1, "w"): [1.0]})
+        assert [rref.to_here().item() for rref in rrefs] == [0.5, 1.0]
+
+    on(world, 0, body)
+
+
+def test_step_failure_on_one_owner_changes_nothing_anywhere(world: World) -> None:
+    def body() -> None:
+        rrefs = [rpc.rpc_sync(owner, make_weight, ("w", [1.0])) for owner in (0, 1, 2)]
+        optimizer = DistributedOptimizer(Stubborn, rrefs, lr=0.5, momentum=0.5)
+        with pytest.raises(DistgradError, match="on worker 'worker1' failed") as caught:
+            train(optimizer, {(0, "w"): [1.0], (1, "w"): [-1.0], (2, "w"): [1.0]})
+        assert isinstance(caught.value.__cause__, ArithmeticError)
+        assert [rref.to_here().item() for rref in rrefs] == [1.0, 1.0, 1.0]
+        train(optimizer, {(owner, "w"): [1.0] for owner in range(3)})
+        assert [rref.to_here().item() for rref in rrefs] == [0.5, 0.5, 0.5]
+
+    on(world, 0, body)
+    assert [steps_at(world, rank) for rank in range(4)] == [0] * 4
+
+
+def test_step_lost_owner_is_named_and_others_keep_their_values(world: World) -> None:
+    def prepare() -> Any:
+        rrefs = [rpc.rpc_sync(owner, make_weight, ("w", [1.0])) for owner in (1, 2)]
+        return rrefs, DistributedOptimizer(SGD, rrefs, lr=0.5)
+
+    rrefs, optimizer = on(world, 0, prepare)
+    world.kill(2)
+
+    def body() -> None:
+        with dist_autograd.context() as context_id:
+            product = rpc.rpc_sync(1, scale, ("w", Tensor(np.ones(1))))
+            dist_autograd.backward(context_id, [product.sum()])
+            with pytest.raises(DistgradError, match="on worker 'worker2' failed"):
+                optimizer.step(context_id)
+        assert rrefs[0].to_here().item() == 1.0
+
+    on(world, 0, body)
+    assert steps_at(world, 1) == 0
+
+
+def test_steps_of_many_workers_at_once_are_all_applied(world: World) -> None:
+    def make() -> list[Any]:
+        return [rpc.rpc_sync(owner, make_weight, ("w", [0.0] * 3)) for owner in (1, 2, 3)]
+
+    on(world, 0, make)
+
+    def body(rank: int) -> None:
+        rrefs = [rpc.rpc_sync(owner, get_weight, ("w",)) for owner in (1, 2, 3)]
+        optimizer = DistributedOptimizer(SGD, rrefs, lr=1.0)
+        for _ in range(8):
+            train(optimizer, {(owner, "w"): [-1.0] * 3 for owner in (1, 2, 3)})
+
+    world.run(body)
+    for owner in (1, 2, 3):
+        np.testing.assert_array_equal(weights[owner, "w"].data, [32.0] * 3)
+    assert [steps_at(world, rank) for rank in range(4)] == [0] * 4
+
+
+@rpc.expose
+def get_weight(name: str) -> Any:
+    return rpc.RRef(weights[rpc.get_worker_info().id, name])
+
+
+def test_step_of_a_lost_coordinator_is_aborted(world: World) -> None:
+    def begin() -> None:
+        rref = rpc.rpc_sync(1, make_weight, ("w", [1.0]))
+        optimizer = DistributedOptimizer(SGD, [rref], lr=0.5)
+        with dist_autograd.context() as context_id:
+            product = rpc.rpc_sync(1, scale, ("w", Tensor(np.ones(1))))
+            dist_autograd.backward(context_id, [product.sum()])
+            step = rpc.current_worker().agent.new_id()
+            assert optimizer._prepare_at_once(step, context_id)
+
+    on(world, 2, begin)
+    assert steps_at(world, 1) == 2
+    world.kill(2)
+    wait_until(lambda: steps_at(world, 1) == 0)
+    assert weights[1, "w"].item() == 1.0
+
+
+def test_step_prepared_late_for_an_abort_is_refused(world: World) -> None:
+    def body() -> None:
+        rref = rpc.rpc_sync(1, make_weight, ("w", [1.0]))
+        optimizer = DistributedOptimizer(SGD, [rref], lr=0.5)
+        part = optimizer._parts["worker1"].rpc_sync()
+        part.abort(77)
+        with pytest.raises(DistgradError, match="it was aborted"):
+            part.prepare(77, 0, optimizer._settings(), True)
+        with pytest.raises(DistgradError, match="not prepared here"):
+            part.commit(77)
+
+    on(world, 0, body)
+
+
+def test_step_outside_of_a_context_is_refused(world: World) -> None:
+    def body() -> None:
+        optimizer = DistributedOptimizer(SGD, [rpc.rpc_sync(1, make_weight, ("w", [1.0]))])
+        with dist_autograd.context() as context_id:
+            pass
+        with pytest.raises(ContextError):
+            optimizer.step(context_id)
+
+    on(world, 0, body)
+
+
+def test_groups_have_settings_that_travel_with_the_step(world: World) -> None:
+    def body() -> None:
+        a, b = (rpc.rpc_sync(owner, make_weight, ("w", [1.0])) for owner in (1, 2))
+        optimizer = DistributedOptimizer(
+            SGD, [{"params": [a]}, {"params": [b], "lr": 0.25}], lr=0.5
+        )
+        assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.25]
+        optimizer.param_groups[0]["lr"] = 0.125
+        train(optimizer, {(1, "w"): [1.0], (2, "w"): [1.0]})
+        assert (a.to_here().item(), b.to_here().item()) == (0.875, 0.75)
+
+    on(world, 0, body)
+
+
+def test_state_dict_loaded_continues_the_same_path(world: World) -> None:
+    def body() -> None:
+        rrefs = [rpc.rpc_sync(owner, make_weight, ("w", [1.0])) for owner in (1, 2)]
+        whole = DistributedOptimizer(SGD, rrefs, lr=0.5, momentum=0.5)
+        gradients = {(1, "w"): [1.0], (2, "w"): [1.0]}
+        train(whole, gradients)
+        resumed = DistributedOptimizer(SGD, rrefs, lr=0.1, momentum=0.9)
+        resumed.load_state_dict(whole.state_dict())
+        assert resumed.param_groups[0]["lr"] == 0.5
+        train(resumed, gradients)
+        assert [rref.to_here().item() for rref in rrefs] == [1 - 0.5 - 0.75] * 2
+        with pytest.raises(ValueError, match=r"\['worker1', 'worker2'\]"):
+            DistributedOptimizer(SGD, rrefs[:1]).load_state_dict(whole.state_dict())
+
+    on(world, 0, body)
+
+
+def test_clip_scales_by_the_norm_over_all_workers(world: World) -> None:
+    def body() -> None:
+        rrefs = [rpc.rpc_sync(owner, make_weight, ("w", [0.0])) for owner in (1, 2)]
+        optimizer = DistributedOptimizer(SGD, rrefs, lr=1.0)
+        with dist_autograd.context() as context_id:
+            products = [
+                rpc.rpc_sync(owner, scale, ("w", Tensor(np.array([x]))))
+                for owner, x in ((1, -3.0), (2, -4.0))
+            ]
+            dist_autograd.backward(context_id, [product.sum() for product in products])
+            assert optimizer.clip_grad_norm_(context_id, 1.0) == pytest.approx(5.0)
+            assert optimizer.clip_grad_norm_(context_id, 2.0) == pytest.approx(1.0)
+            optimizer.step(context_id)
+        assert [rref.to_here().item() for rref in rrefs] == pytest.approx([0.6, 0.8])
+
+    on(world, 0, body)
+
+
+def test_constructor_names_the_owner_that_fails(world: World) -> None:
+    def body() -> None:
+        weight = rpc.rpc_sync(1, make_weight, ("w", [1.0]))
+        with pytest.raises(DistgradError, match=r"on worker 'worker1': .*lr=-1"):
+            DistributedOptimizer(SGD, [weight], lr=-1)
+        with pytest.raises(DistgradError, match=r"on worker 'worker1': .*Unexposed"):
+            DistributedOptimizer(Unexposed, [weight])
+        with pytest.raises(DistgradError, match=r"'worker2': .*parameters are tensors"):
+            DistributedOptimizer(SGD, [rpc.remote(2, make_number)])
+        with pytest.raises(ValueError, match="there are no parameters"):
+            DistributedOptimizer(SGD, [])
+        with pytest.raises(TypeError, match="parameters are RRefs"):
+            DistributedOptimizer(SGD, [Tensor(np.ones(1), requires_grad=True)])  # type: ignore[list-item]
+
+    on(world, 0, body)
+
+
+@rpc.expose
+def make_number() -> int:
+    return 7
