@@ -5,6 +5,7 @@ The checksum is repaired, so that the decoder itself meets the bytes.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import tracemalloc
 from pathlib import Path
@@ -111,11 +112,8 @@ pieces = st.one_of(
 @given(st.lists(pieces, min_size=1, max_size=24).map(b"".join))
 @example(b"\xc5\x00\x00\x86<M8[s]" + bytes(8))
 def test_codec_invented_value_is_survived(meta: bytes) -> None:
-    try:
-        value = decode(frame_with(meta))
-    except ProtocolError:
-        return
-    repr(value)
+    with contextlib.suppress(ProtocolError):
+        decode(frame_with(meta))
 
 
 @settings(max_examples=300)

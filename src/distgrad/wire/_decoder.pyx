@@ -347,7 +347,10 @@ cdef object read_dtype(Reader *r, uint8_t code):
     """Turn a dtype code, or the description that follows, into a dtype."""
     cdef uint8_t plain = code & ~BIG_ENDIAN
     if code == DESCRIBED:
-        return undescribe(read_value(r))
+        dtype = undescribe(read_value(r))
+        if dtype.subdtype is not None:
+            raise malformed("an array of arrays")
+        return dtype
     if plain >= 32 or dtype_of_code[plain] == NULL:
         raise malformed(f"unknown dtype code {code:#04x}")
     dtype = <object>dtype_of_code[plain]
@@ -394,8 +397,6 @@ cdef object read_array(Reader *r, bint inside):
         raise malformed(f"an array of {ndim} dimensions")
     size = read_shape(r, ndim, dims)
     dtype = read_dtype(r, code)
-    if dtype.subdtype is not None:
-        raise malformed("an array of arrays")
     nbytes = array_nbytes(size, (<cnp.dtype>dtype).itemsize, ndim, dims)
     flags = cnp.NPY_ARRAY_FARRAY if order & FORTRAN else cnp.NPY_ARRAY_CARRAY
     if not inside:
@@ -447,8 +448,6 @@ cdef object view_buffer(
 cdef object read_scalar(Reader *r):
     cdef cnp.dtype dtype = read_dtype(r, read_u8(r))
     cdef Py_ssize_t nbytes = dtype.itemsize
-    if dtype.subdtype is not None:
-        raise malformed("a scalar that is an array")
     require(r, nbytes)
     scalar = PyArray_Scalar(<void *>r.cursor, <cnp.PyArray_Descr *>dtype, NULL)
     r.cursor += nbytes

@@ -566,7 +566,8 @@ cdef int put_array(Writer *w, cnp.ndarray array) except -1:
     w.cursor[0] = T_ARRAY if inside else T_BUFFER
     w.cursor[1] = code
     w.cursor[2] = <uint8_t>(ndim | order)
-    memcpy(w.cursor + 3, cnp.PyArray_DIMS(array), 8 * ndim)
+    if ndim > 0:
+        memcpy(w.cursor + 3, cnp.PyArray_DIMS(array), 8 * ndim)
     w.cursor += 3 + 8 * ndim
     put_dtype(w, array.descr, code)
     if not inside:

@@ -124,7 +124,9 @@ cdef object describe(dtype):
     return dtype.str
 
 
-cdef object PLAIN_DTYPE = re.compile(r"[<>|][?biufcSUVMm]\d{1,9}(\[\d{0,9}[A-Za-z]{1,2}\])?")
+cdef object PLAIN_DTYPE = re.compile(
+    r"[<>|]([biufcSUV]\d{1,9}|[Mm]8(\[\d{0,9}[A-Za-z]{1,2}\])?)"
+)
 
 
 cdef object undescribe(description):
