@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Links"]
 
+_TIDY_AFTER_S = 0.2
+
 
 class Links:
     """Connections, made on first use, one for sending to each peer.
@@ -148,8 +150,6 @@ class Links:
         else:
             fact = str(error) if error is not None else "its connection closed"
             why = WorkerLostError(f"worker {name!r} is lost: {fact}")
-        for address in self._world.addresses_of(peer):
-            transport_for(address.partition("://")[0]).tidy(address)
         with self._adopting:  # from here on nobody sends to it, whatever else is connected
             self.lost[peer] = why
             self._to.pop(peer, None)
@@ -157,7 +157,13 @@ class Links:
             self._open -= rest
         for other in rest:
             other.abort()
+        # Not at once: a dying process closes its connections before its listeners.
+        self._poller.call_later(_TIDY_AFTER_S, lambda: self._tidy(peer))
         return peer, why
+
+    def _tidy(self, peer: int) -> None:
+        for address in self._world.addresses_of(peer):
+            transport_for(address.partition("://")[0]).tidy(address)
 
     @property
     def connections(self) -> list[Connection]:
@@ -183,3 +189,5 @@ class Links:
             connection.close()
         self._to.clear()
         self._open.clear()
+        for peer in self.lost:
+            self._tidy(peer)
