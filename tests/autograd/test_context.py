@@ -116,6 +116,22 @@ def nested_contexts(rank: int) -> None:
         assert outer.gradient(leaf(0.0)) is None
 
 
+@rpc.expose
+def gradient_total(context_id: int) -> float:
+    return float(sum(g.numpy().sum() for g in dist_autograd.get_gradients(context_id).values()))
+
+
+def ask_by_context(rank: int) -> tuple[float, float]:
+    x = leaf(1.0, 2.0)
+    with dist_autograd.context() as context_id:
+        dist_autograd.backward(context_id, [(x * 3.0).sum()])
+        return rpc.rpc_sync(rank, gradient_total, args=(context_id,)), gradient_total(context_id)
+
+
+def test_context_as_an_argument_arrives_as_its_number(trio: World) -> None:
+    assert on_first(trio, ask_by_context) == (6.0, 6.0)
+
+
 def test_context_inside_another_is_apart(trio: World) -> None:
     on_first(trio, nested_contexts)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from distgrad._core import GradientTable, Tensor
 from distgrad.autograd.functions import RecvRpcBackward, SendRpcBackward
 from distgrad.autograd.part import Host, Part
+from distgrad.rpc import register_type
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -130,3 +131,12 @@ class DistAutogradContext(int):
     def __repr__(self) -> str:
         worker, number = self >> 48, self & (1 << 48) - 1
         return f"<{type(self).__name__} {number} of worker {worker}>"
+
+
+# A context is named in the arguments of calls, as in torch; it arrives as its number.
+register_type(
+    DistAutogradContext,
+    "distgrad.DistAutogradContext",
+    lambda context, session: int(context),
+    lambda number, session: number,
+)
