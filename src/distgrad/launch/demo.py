@@ -148,9 +148,8 @@ def train(
 
 def accuracy(stages: Sequence[Any], digits: Digits) -> float:
     """Return the part of the test images that the network gets right."""
-    with dg.no_grad():
-        scores = forward(stages, digits.test_images)
-    return float((scores.numpy().argmax(axis=1) == digits.test_labels).mean())
+    scores = forward(stages, digits.test_images).detach().numpy()
+    return float((scores.argmax(axis=1) == digits.test_labels).mean())
 
 
 def compare_gradients(stages: Sequence[Any], digits: Digits, seed: int, picture: Path) -> float:
