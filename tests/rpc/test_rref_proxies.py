@@ -140,7 +140,7 @@ def test_proxy_waits_for_a_value_that_is_still_made(world: World) -> None:
 def test_proxy_timeout_counts_for_the_call(world: World) -> None:
     def body() -> None:
         account = rpc.remote(1, Account)
-        with pytest.raises(RpcTimeoutError, match="cannot finish call UserRRef"):
+        with pytest.raises(RpcTimeoutError, match="cannot finish call RRef 0x0"):
             account.rpc_sync(timeout=0.05).wait_for_release()
         with pytest.raises(RpcTimeoutError):
             account.rpc_async(timeout=0.05).wait_for_release().wait()

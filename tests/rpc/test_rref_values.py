@@ -127,7 +127,7 @@ def test_remote_function_that_answers_later_keeps_its_result(
 def test_to_here_waits_for_the_function(world: World) -> None:
     def body() -> None:
         rref = rpc.remote(1, make_when_released)
-        with pytest.raises(RpcTimeoutError, match=r"cannot finish fetch UserRRef\(.* 'worker1'"):
+        with pytest.raises(RpcTimeoutError, match=r"cannot finish fetch RRef 0x0 .*'worker1'"):
             rref.to_here(timeout=0.05)
         release.set()
         assert rref.to_here() == "made"

@@ -73,5 +73,6 @@ def __getattr__(name: str) -> Any:
     if name in ("RRef", "remote"):
         from importlib import import_module
 
-        return getattr(import_module("distgrad.rref"), name)
+        found = globals()[name] = getattr(import_module("distgrad.rref"), name)
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

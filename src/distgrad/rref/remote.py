@@ -49,21 +49,20 @@ def remote(
     worker = current_worker()
     name = name_of(func)
     owner = worker.world.id_of(to)
-    call = partial(
-        RemoteCall,
-        function=name,
-        args=() if args is None else tuple(args),
-        kwargs=dict(kwargs) if kwargs else None,
-    )
-    send = partial(
-        worker.request, owner, timeout=allowed_timeout(worker, timeout, name), what=f"create {name}"
-    )
+    seconds = allowed_timeout(worker, timeout, name)
+    values = () if args is None else tuple(args)
+    named = dict(kwargs) if kwargs else None
     table: RRefTable = worker.extensions["rref"]
+
+    def send(rref_id: int, fork_id: int) -> Future:
+        body = RemoteCall(rref_id, fork_id, name, values, named)
+        return worker.request(owner, body, timeout=seconds, what=name)
+
     if owner == worker.id:
-        return RRef._of(table, _create_here(table, call, send))
+        return RRef._of(table, _create_here(table, send))
     fork = table.originate(owner)
     try:
-        answer = send(call(rref_id=fork.rref_id, fork_id=fork.fork_id))
+        answer = send(fork.rref_id, fork.fork_id)
     except BaseException:
         table.abandon(fork)
         raise
@@ -71,14 +70,12 @@ def remote(
     return RRef._of(table, fork)
 
 
-def _create_here(
-    table: RRefTable, call: Callable[..., RemoteCall], send: Callable[..., Future]
-) -> Cell:
+def _create_here(table: RRefTable, send: Callable[[int, int], Future]) -> Cell:
     """Create a value on this worker, through the same messages; it is counted meanwhile."""
     cell = Cell(table.new_id(), Future(agent=table.worker.agent))
     fork_id, release = table.share(cell, table.worker.id)
     try:
-        answer = send(call(rref_id=cell.rref_id, fork_id=fork_id))
+        answer = send(cell.rref_id, fork_id)
     except BaseException:
         release()
         raise

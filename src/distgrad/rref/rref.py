@@ -197,7 +197,7 @@ class RRef:
     def _request(self, body: Any, timeout: float, verb: str, chain: int = 0) -> Future:
         self._check(verb)
         worker = self._table.worker
-        what = f"{verb} {self}"
+        what = f"{verb} RRef {self._id:#x}"
         seconds = allowed_timeout(worker, timeout, what)
         if self._cell is not None:
             return self._request_here(body, seconds, what, chain)

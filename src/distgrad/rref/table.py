@@ -78,7 +78,8 @@ class RRefTable:
     def _do(self, event: Callable[..., list[Action]], *args: Any) -> None:
         with self._lock:
             actions = event(*args)
-        self._perform(actions)
+        if actions:
+            self._perform(actions)
 
     def _perform(self, actions: Iterable[Action]) -> None:
         for action in actions:
