@@ -193,8 +193,8 @@ def test_codec_payload_checks_lengths_and_padding() -> None:
         ("c5 00 00 c002000000 833c6934 c001000000 02", "array of arrays"),
         ("c7 02 00000000 00", "unknown form"),
         ("c8 8178 00", "not registered here"),
-        ("c8 00 00", "not registered here"),
-        ("c8 c100000000 00", "unhashable"),
+        ("c8 00 00", "is no text"),
+        ("c8 c100000000 00", "is no text"),
         ("c9 01000000 8178 00", "not exposed here"),
         ("c9 01000000 8464617465 00", "not exposed here"),
         ("c8 8464617465 c003000000 00 00 00", "ValueError"),
@@ -204,6 +204,33 @@ def test_codec_payload_checks_lengths_and_padding() -> None:
 def test_codec_malformed_value_is_refused(meta: str, message: str) -> None:
     with pytest.raises(ProtocolError, match=message):
         decode(frame_with(bytes.fromhex(meta)))
+
+
+@pytest.mark.parametrize("piece", ["ab", "aa", "ac00", "c0 01000000", "c8", "c50000"])
+def test_codec_nesting_without_end_is_refused(piece: str) -> None:
+    with pytest.raises(ProtocolError, match="deeper than 64 levels"):
+        decode(frame_with(bytes.fromhex(piece) * 100_000))
+
+
+def doubled(count: int) -> bytes:
+    """Return the elements of a list: a tuple, and tuples that name the last one twice."""
+    elements, offset = b"", 5
+    for i in range(count):
+        element = b"\xe0\x02\0\0\0" + (b"\xad" + offset.to_bytes(4, "little")) * 2
+        element = element if i else b"\xe0\0\0\0\0"
+        offset = 5 + len(elements)
+        elements += element
+    return elements
+
+
+@pytest.mark.parametrize("use", ["c8", "c9 00000000", "c5 00 00", "ac 00", "c3 01000000"])
+def test_codec_value_that_doubles_by_references_is_never_walked(use: str) -> None:
+    elements = doubled(70)
+    last = b"\xad" + (5 + len(elements) - 15).to_bytes(4, "little")
+    count = (71).to_bytes(4, "little")
+    frame = frame_with(b"\xc1" + count + elements + bytes.fromhex(use) + last + b"\0")
+    with pytest.raises(ProtocolError, match="no text|without identity"):
+        decode(frame)
 
 
 def test_codec_nested_containers_cannot_promise_the_same_bytes_twice() -> None:

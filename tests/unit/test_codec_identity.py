@@ -109,6 +109,17 @@ def test_codec_depth_has_a_limit_on_both_sides() -> None:
         configure(**old)
 
 
+def test_codec_slices_count_as_depth() -> None:
+    value: object = None
+    for _ in range(64):
+        value = slice(value)
+    assert same(round_trip(value), value)
+    for _ in range(100_000):
+        value = slice(value)
+    with pytest.raises(SerializationError, match="deeper than 64 levels"):
+        encode(1, value)
+
+
 def test_codec_highest_depth_fits_on_the_stack() -> None:
     old = configure(max_depth=1000)
     try:

@@ -268,6 +268,14 @@ def test_codec_subclass_of_tensor_arrives_as_tensor() -> None:
 
 
 @pytest.mark.usefixtures("leaves")
+def test_codec_tensors_inside_tensors_are_refused() -> None:
+    with pytest.raises(ProtocolError, match="deeper than 64 levels"):
+        decode(frame_with(bytes.fromhex("c701ffffffff") * 100_000))
+    with pytest.raises(ProtocolError, match="without an array"):
+        decode(frame_with(bytes.fromhex("c701ffffffff 00")))
+
+
+@pytest.mark.usefixtures("leaves")
 def test_codec_tensor_without_an_array_is_refused() -> None:
     with pytest.raises(SerializationError, match=r"builtins\.list"):
         encode(1, Leaf([1]))

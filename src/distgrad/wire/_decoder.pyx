@@ -65,6 +65,14 @@ cdef inline uint8_t read_u8(Reader *r) except? 0xFF:
     return (r.cursor - 1)[0]
 
 
+cdef inline int descend(Reader *r) except -1:
+    """Count a level of nesting: whoever reads a value within a value does."""
+    r.depth += 1
+    if r.depth > limits.max_depth:
+        raise malformed(f"it is nested deeper than {limits.max_depth} levels")
+    return 0
+
+
 cdef object read_value(Reader *r):
     """Read any value: the tag says which."""
     cdef uint8_t tag = read_u8(r)
@@ -122,9 +130,7 @@ cdef object read_rare(Reader *r, uint8_t tag):
 cdef object read_compound(Reader *r, uint8_t tag):
     cdef uint32_t offset = <uint32_t>(r.cursor - 1 - r.value)
     cdef uint8_t kind = tag & ~SHARED
-    r.depth += 1
-    if r.depth > limits.max_depth:
-        raise malformed(f"it is nested deeper than {limits.max_depth} levels")
+    descend(r)
     if kind == T_TUPLE:
         result = read_tuple(r)
     elif kind == T_ARRAY:
@@ -228,9 +234,11 @@ cdef bytes read_bytes(Reader *r):
 
 
 cdef object read_bounds(Reader *r, bint is_range):
+    descend(r)
     start = read_value(r)
     stop = read_value(r)
     step = read_value(r)
+    r.depth -= 1
     if not is_range:
         return slice(start, stop, step)
     if type(start) is not int or type(stop) is not int or type(step) is not int:
@@ -319,8 +327,16 @@ cdef object read_tensor(Reader *r):
     return tensor_wrap(array, flags == 1, slot, <object>r.session)
 
 
+cdef object read_codec(Reader *r):
+    """Read a name; return what is registered under it, or None."""
+    name = read_value(r)
+    if type(name) is not str:
+        raise malformed("the name of a type is no text")
+    return codecs_by_name.get(name)
+
+
 cdef object read_extension(Reader *r):
-    codec = codecs_by_name.get(read_value(r))
+    codec = read_codec(r)
     if type(codec) is not Extension:
         raise malformed("a value of a type that is not registered here")
     value = read_value(r)
@@ -329,7 +345,7 @@ cdef object read_extension(Reader *r):
 
 cdef object read_record(Reader *r):
     cdef Py_ssize_t count = read_count(r, 1)
-    codec = codecs_by_name.get(read_value(r))
+    codec = read_codec(r)
     if not isinstance(codec, Record):
         raise malformed("a record of a class that is not exposed here")
     if count > len((<Record>codec).fields):
@@ -347,7 +363,7 @@ cdef object read_dtype(Reader *r, uint8_t code):
     """Turn a dtype code, or the description that follows, into a dtype."""
     cdef uint8_t plain = code & ~BIG_ENDIAN
     if code == DESCRIBED:
-        dtype = undescribe(read_value(r))
+        dtype = undescribe(read_key(r))  # as in keys: a tree without references
         if dtype.subdtype is not None:
             raise malformed("an array of arrays")
         return dtype
@@ -446,8 +462,10 @@ cdef object view_buffer(
 
 
 cdef object read_scalar(Reader *r):
+    descend(r)
     cdef cnp.dtype dtype = read_dtype(r, read_u8(r))
     cdef Py_ssize_t nbytes = dtype.itemsize
+    r.depth -= 1
     require(r, nbytes)
     scalar = PyArray_Scalar(<void *>r.cursor, <cnp.PyArray_Descr *>dtype, NULL)
     r.cursor += nbytes

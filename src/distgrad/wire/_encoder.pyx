@@ -338,9 +338,19 @@ cdef int put_str(Writer *w, PyObject *obj) except -1:
     return put_bytes(w, text, nbytes)
 
 
+cdef inline int descend(Writer *w) except -1:
+    """Count a level of nesting, just as the decoder does (invariant 1)."""
+    w.depth += 1
+    if w.depth > limits.max_depth:
+        raise refusal(w, f"it is nested deeper than {limits.max_depth} levels")
+    return 0
+
+
 cdef int put_bounds(Writer *w, object bounds) except -1:
+    descend(w)
     for bound in (bounds.start, bounds.stop, bounds.step):
         put_value(w, <PyObject *>bound)
+    w.depth -= 1
     return 0
 
 
@@ -352,9 +362,7 @@ cdef int put_compound(
     identity = identity or <PyObject *>cls == <PyObject *>tensor_type
     if Py_REFCNT(obj) > 1 and recall(w, obj, identity):
         return 0
-    w.depth += 1
-    if w.depth > limits.max_depth:
-        raise refusal(w, f"it is nested deeper than {limits.max_depth} levels")
+    descend(w)
     if cls == &PyTuple_Type:
         put_tuple(w, <tuple>obj)
     elif cls == &PyArray_Type:
@@ -538,7 +546,7 @@ cdef int put_dtype(Writer *w, cnp.dtype dtype, uint8_t code) except -1:
             w, f"the dtype {dtype} has no form on the wire",
             "view or convert it as numbers, strings or records of them",
         )
-    return put_value(w, <PyObject *>description)
+    return put_key(w, <PyObject *>description)  # as in keys: a tree without references
 
 
 cdef int put_array(Writer *w, cnp.ndarray array) except -1:
@@ -607,5 +615,7 @@ cdef int put_scalar(Writer *w, object scalar) except -1:
         raise refusal_of_type(w, scalar)
     put_tag(w, T_SCALAR)
     put_tag(w, code)
+    descend(w)
     put_dtype(w, array.descr, code)
+    w.depth -= 1
     return put_bytes(w, cnp.PyArray_DATA(array), cnp.PyArray_NBYTES(array))
