@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from distgrad import ops as _ops
+from distgrad import ops as _ops  # noqa: F401  (registers the gradient rules)
 from distgrad._core import (
     Node,
     Tensor,

@@ -1,3 +1,4 @@
+# cython: auto_pickle=False, autotestdict=False
 """The core: tensors over the graph that they leave behind.
 
 `Tensor` stands here: operators, NumPy's protocols and methods. What it stands on is in
@@ -29,19 +30,20 @@ from distgrad.graph._node import (
     AccumulateGrad,
     RemovableHandle,
     Spec,
-    enable_grad,
     gradient_edge,
-    is_grad_enabled,
-    no_grad,
     operation,
     register,
     registered,
-    set_grad_enabled,
     set_history,
     set_tensor_class,
 )
+from distgrad.graph.modes import enable_grad, is_grad_enabled, no_grad, set_grad_enabled
 
 cnp.import_array()
+
+cdef extern from "Python.h":
+    bint PyObject_GC_IsTracked(object value)
+    void PyObject_GC_Track(object value)
 
 
 # ---------------------------------------------------------------- NumPy's protocols
@@ -353,10 +355,6 @@ cdef class Tensor(TensorBase):
     def __dlpack_device__(self):
         return (<object>self.array).__dlpack_device__()
 
-    def __array_namespace__(self, *, api_version=None):
-        from distgrad import xp
-        return xp
-
     # -- Python's protocols
 
     def __repr__(self):
@@ -606,6 +604,8 @@ cdef class Tensor(TensorBase):
 cdef Hooks leaf_hooks(TensorBase leaf):
     if leaf.hooks is None:
         leaf.hooks = Hooks()
+        if not PyObject_GC_IsTracked(leaf):
+            PyObject_GC_Track(leaf)
     return leaf.hooks
 
 

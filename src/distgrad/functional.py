@@ -48,7 +48,9 @@ def value_and_grad(
     return run
 
 
-def vjp(f: Callable[..., Tensor], *primals: Any) -> tuple[Tensor, Callable[..., tuple[Tensor, ...]]]:
+def vjp(
+    f: Callable[..., Tensor], *primals: Any
+) -> tuple[Tensor, Callable[..., tuple[Tensor, ...]]]:
     """Return f(*primals) and the function that pulls a cotangent of it back.
 
     Returns

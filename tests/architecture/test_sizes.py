@@ -18,7 +18,7 @@ FOLDERS = ("src", "tests", "examples", "benchmarks")
 
 SOURCES = sorted(p for p in (ROOT / "src").rglob("*") if p.suffix in FILE_LIMIT)
 CODE = sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))
-COMPILED_HEAD = re.compile(r"^( *)(?:async )?c?p?def .*\(.*$")
+COMPILED_HEAD = re.compile(r"^( *)(?:async )?c?p?def (?!class ).*\(.*$")
 
 
 def relative(path: Path) -> str:

@@ -112,7 +112,7 @@ CASES: dict[Any, list[Case]] = {
     np.flip: [(lambda x: np.flip(x, 1), (real(2, 3),)), (np.flip, (real(2, 3),))],
     np.roll: [(lambda x: np.roll(x, (1, -2), (0, 1)), (real(2, 3),)),
               (lambda x: np.roll(x, 2), (real(2, 3),))],
-    np.concatenate: [(lambda x, y: np.concatenate([x, y, [[1.0, 2.0]]], 0), (real(2, 2), real(1, 2))),
+    np.concatenate: [(lambda x, y: np.concatenate([x, y, [[1.0, 2]]], 0), (real(2, 2), real(1, 2))),
                      (lambda x, y: np.concatenate([x, y], None), (real(2, 2), real(3)))],
     np.stack: [(lambda x, y: np.stack([x, y], -1), (real(2, 2), real(2, 2)))],
     np.vstack: [(lambda x, y: np.vstack([x, y]), (real(2), real(1, 2)))],
@@ -148,8 +148,10 @@ CASES: dict[Any, list[Case]] = {
                              ((2, 1, 2, 3), (4, 3, 2)), ((3,), (2, 3, 2)), ((2, 2, 3), (3,))]],
     np.dot: [(np.dot, (real(2, 3), real(3))), (np.dot, (real(2, 3), real(2, 3, 2))),
              (np.dot, (real(), real(2)))],
-    np.tensordot: [(lambda x, y: np.tensordot(x, y, 1), (real(2, 3), real(3, 2))),
-                   (lambda x, y: np.tensordot(x, y, ((0, -1), (1, 0))), (real(2, 2, 3), real(3, 2)))],
+    np.tensordot: [
+        (lambda x, y: np.tensordot(x, y, 1), (real(2, 3), real(3, 2))),
+        (lambda x, y: np.tensordot(x, y, ((0, -1), (1, 0))), (real(2, 2, 3), real(3, 2))),
+    ],
     np.inner: [(np.inner, (real(2, 3), real(2, 3))), (np.inner, (real(), real(3)))],
     np.outer: [(np.outer, (real(2), real(3)))],
     np.vdot: [(np.vdot, (real(2, 2), real(2, 2)))],
@@ -237,7 +239,9 @@ def test_rules_value_equals_numpy(case: Any, number: int) -> None:
     recorded = function(*arguments)
     with dg.no_grad():
         plain = function(*[a.detach() for a in arguments])
-    pairs = zip(*[r if isinstance(r, tuple | list) else [r] for r in (recorded, plain)], strict=True)
+    pairs = zip(
+        *[r if isinstance(r, tuple | list) else [r] for r in (recorded, plain)], strict=True
+    )
     for one, other in pairs:
         assert one.requires_grad
         assert not other.requires_grad

@@ -70,7 +70,9 @@ def test_getitem_any_integer_index_gradient_equals_differences(
 def test_sum_any_axes_gradient_equals_differences(
     shape: tuple[int, ...], seed: int, keepdims: bool, data: st.DataObject
 ) -> None:
-    axes = data.draw(st.lists(st.integers(0, len(shape) - 1), unique=True) if shape else st.just([]))
+    axes = data.draw(
+        st.lists(st.integers(0, len(shape) - 1), unique=True) if shape else st.just([])
+    )
     assert gradcheck(lambda x: np.sum(x, axis=tuple(axes), keepdims=keepdims), draw(seed, shape))
 
 

@@ -83,7 +83,7 @@ def test_task_none_counts_down_without_arithmetic() -> None:
 def test_task_deliver_twice_or_to_a_stranger_raises() -> None:
     send = Send(leaf(1.0))
     task = GraphTask([], sends=[send])
-    with pytest.raises(dg.GraphError, match="2 slots|slots"):
+    with pytest.raises(dg.GraphError, match="1 slots, not 0"):
         task.deliver(send, [])
     task.deliver(send, None)
     for node in (send, Send(leaf(1.0))):

@@ -37,7 +37,13 @@ def test_tensor_attributes_are_those_of_the_array() -> None:
     t = dg.zeros((2, 3), np.float32)
     assert (t.shape, t.dtype, t.ndim, t.size, t.nbytes) == ((2, 3), np.float32, 2, 6, 24)
     assert t.T.shape == t.mT.shape == (3, 2)
-    assert (t.is_leaf, t.requires_grad, t.grad, t.grad_fn, t.output_nr) == (True, False, None, None, 0)
+    assert (t.is_leaf, t.requires_grad, t.grad, t.grad_fn, t.output_nr) == (
+        True,
+        False,
+        None,
+        None,
+        0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,8 +178,9 @@ def test_tensor_dies_with_its_last_reference() -> None:
         gc.enable()
 
 
-def test_tensor_in_cycle_with_hook_is_collected() -> None:
-    t = leaf(1.0)
+@pytest.mark.parametrize("make", [lambda: leaf(1.0), lambda: leaf(1.0).detach().requires_grad_()])
+def test_tensor_in_cycle_with_hook_is_collected(make: Any) -> None:
+    t = make()
     t.register_hook(lambda g, t=t: None)
     watch = weakref.ref(t)
     del t

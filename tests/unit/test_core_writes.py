@@ -17,7 +17,7 @@ def leaf(*values: float) -> dg.Tensor:
 def test_write_to_saved_result_names_both_operations() -> None:
     y = np.exp(leaf(1.0))
     y += 1
-    with pytest.raises(dg.GraphError, match="ExpBackward.*exp.*modified afterwards by __iadd__"):
+    with pytest.raises(dg.GraphError, match=r"ExpBackward.*exp.*modified afterwards by __iadd__"):
         y.backward()
 
 
@@ -25,7 +25,9 @@ def test_write_to_saved_argument_names_both_operations() -> None:
     x, w = leaf(1.0), dg.tensor([2.0])
     y = x * w
     w[0] = 5.0
-    with pytest.raises(dg.GraphError, match="MultiplyBackward.*modified afterwards by __setitem__"):
+    with pytest.raises(
+        dg.GraphError, match=r"MultiplyBackward.*modified afterwards by __setitem__"
+    ):
         y.backward()
 
 

@@ -1,9 +1,11 @@
+# cython: auto_pickle=False, autotestdict=False
 """The backward pass over the local part of a graph.
 
 `GraphTask` walks nodes in order of their creation, newest first, without recursion, with
 all state of the pass in C arrays of its own, so that two passes may walk one graph at once.
 """
 
+cimport cython
 cimport numpy as cnp
 from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Realloc
 from cpython.object cimport PyObject
@@ -159,6 +161,7 @@ cdef int breathe() except -1:
     return 0
 
 
+@cython.final
 cdef class GraphTask:
     """One backward pass over the local part of a graph; used by one thread at a time.
 

@@ -1,5 +1,7 @@
+# cython: auto_pickle=False, autotestdict=False
 """Gradients: brought into shape, added up, and stored at leaves."""
 
+cimport cython
 cimport numpy as cnp
 from cpython.object cimport PyObject
 
@@ -119,6 +121,7 @@ cdef int store_gradient(TensorBase leaf, PyObject *gradient) except -1:
     return 0
 
 
+@cython.final
 cdef class GradientTable:
     """Gradients of leaves, kept apart from ``.grad``: those of one autograd context.
 

@@ -1,3 +1,4 @@
+# cython: auto_pickle=False, autotestdict=False
 """Nodes, operations and what they record: the graph.
 
 Operations run on plain arrays; if an argument requires grad, an OpNode is recorded
@@ -17,11 +18,11 @@ from distgrad.graph._kernels cimport (
 )
 
 import operator
-from contextlib import ContextDecorator
 
 import numpy as np
 
 from distgrad.errors import GraphError
+from distgrad.graph.modes import grad_mode as _grad_mode
 
 cnp.import_array()
 
@@ -76,19 +77,15 @@ cdef extern from *:
 
 cdef extern from "Python.h":
     PyObject *Py_True
-    object PyContextVar_New(const char *name, PyObject *default)
     int PyContextVar_Get(PyObject *var, PyObject *default, PyObject **value) except -1
-    object PyContextVar_Set(object var, object value)
-    int PyContextVar_Reset(object var, object token) except -1
     object PyObject_Vectorcall(object callable, PyObject **args, size_t n, PyObject *names)
     object PyObject_Call(object callable, object args, PyObject *kwargs)
+    void PyObject_GC_UnTrack(object value)
     void *PyThread_allocate_lock() noexcept
     void PyThread_free_lock(void *lock) noexcept
 
-cdef object grad_mode = PyContextVar_New(b"distgrad.grad_mode", Py_True)
+cdef object grad_mode = _grad_mode
 
-
-# ---------------------------------------------------------------- grad mode
 
 cdef bint grad_enabled() except -1:
     cdef PyObject *value = NULL
@@ -96,65 +93,6 @@ cdef bint grad_enabled() except -1:
     cdef bint enabled = value == Py_True
     Py_XDECREF(value)
     return enabled
-
-
-def is_grad_enabled() -> bool:
-    """Tell whether operations are recorded in this thread or task."""
-    return grad_enabled()
-
-
-class _GradMode(ContextDecorator):
-    """Switch recording on or off inside a ``with`` block or a decorated function."""
-
-    mode = True
-
-    def __init__(self):
-        self._tokens = []
-
-    def __enter__(self):
-        self._tokens.append(PyContextVar_Set(grad_mode, bool(self.mode)))
-        return self
-
-    def __exit__(self, *exc):
-        PyContextVar_Reset(grad_mode, self._tokens.pop())
-
-    def _recreate_cm(self):
-        return type(self)()
-
-
-class no_grad(_GradMode):
-    """Do not record operations: context manager and decorator."""
-
-    mode = False
-
-
-class enable_grad(_GradMode):
-    """Record operations, also inside `no_grad`: context manager and decorator."""
-
-
-class set_grad_enabled(_GradMode):
-    """Switch recording at once; as a context manager, restore it on leaving.
-
-    Parameters
-    ----------
-    mode
-        Whether operations are recorded.
-    """
-
-    def __init__(self, mode):
-        super().__init__()
-        self.mode = bool(mode)
-        self._tokens.append(PyContextVar_Set(grad_mode, self.mode))
-
-    def __enter__(self):
-        return self
-
-    def __call__(self, function):
-        self.__exit__()
-        return super().__call__(function)
-
-    def _recreate_cm(self):
-        return type(self)(self.mode)
 
 
 # ---------------------------------------------------------------- what a slot takes
@@ -183,6 +121,7 @@ cdef object meta_dtype(Meta *meta):
 
 # ---------------------------------------------------------------- nodes
 
+@cython.final
 cdef class Spec:
     """Shape and dtype of an argument whose value was not saved."""
 
@@ -206,6 +145,12 @@ cdef class TensorBase:
         dg_release(self.node)
 
 
+@cython.final
+cdef class Storage:
+    """Counts the writes to one piece of memory."""
+
+
+@cython.final
 cdef class Hooks:
     """Callbacks of a node or of a leaf."""
 
@@ -444,6 +389,7 @@ cdef dict OPS = {}          # function -> Op
 cdef dict FUNCTIONS = {}    # function -> callable on tensors, for functions made of operations
 
 
+@cython.final
 cdef class Op:
     """A function on arrays with its gradient rules; calling it records the graph.
 
@@ -628,6 +574,8 @@ cdef TensorBase wrap(object result):
     if not cnp.PyArray_CheckExact(result):
         result = np.asarray(result)
     tensor.array = <cnp.ndarray>result
+    # Only hooks can close a cycle; until there is one, the collector need not look.
+    PyObject_GC_UnTrack(tensor)
     return tensor
 
 

@@ -90,13 +90,14 @@ def arange(
     start: float,
     stop: float | None = None,
     step: float = 1,
-    dtype: DTypeLike | None = None,
+    dtype: Any = None,
     *,
     requires_grad: bool = False,
 ) -> Tensor:
     """Return evenly spaced values: ``arange(stop)`` or ``arange(start, stop, step)``."""
-    first, last = (0, start) if stop is None else (start, stop)
-    return Tensor(np.arange(first, last, step, dtype), requires_grad)
+    ends: Any = (start,) if stop is None else (start, stop)
+    make: Any = np.arange
+    return Tensor(make(*ends, step=step, dtype=dtype), requires_grad)
 
 
 def linspace(

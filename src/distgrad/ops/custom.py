@@ -173,8 +173,6 @@ class Function:
         if not (is_grad_enabled() and any(ctx.needs_input_grad)):
             return results
         given = {id(arg) for arg in args if isinstance(arg, Tensor)}
-        outputs = tuple(
-            output.detach() if id(output) in given else output for output in outputs
-        )
+        outputs = tuple(output.detach() if id(output) in given else output for output in outputs)
         ctx._connect(args, outputs)
         return outputs if isinstance(results, tuple) else outputs[0]

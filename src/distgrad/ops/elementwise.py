@@ -130,6 +130,7 @@ defvjp(
 
 # ------------------------------------------------------------ kinks and steps
 
+
 def absolute_sign(g: Any, ans: Any, x: Any) -> Any:
     """Gradient of the absolute value: the sign, for complex x its direction."""
     return g * np.sign(x)
@@ -214,6 +215,7 @@ constant(
 
 # ------------------------------------------------------------ options of ufuncs
 
+
 @implements("__call__")
 def call_with_options(
     ufunc: Any,
@@ -230,7 +232,9 @@ def call_with_options(
         inputs, out = inputs[: ufunc.nin], inputs[ufunc.nin :]
     target = out[0] if isinstance(out, tuple) else out
     if dtype is not None:
-        inputs = tuple((x if isinstance(x, Tensor) else np.asarray(x)).astype(dtype) for x in inputs)
+        inputs = tuple(
+            (x if isinstance(x, Tensor) else np.asarray(x)).astype(dtype) for x in inputs
+        )
     result = ufunc(*inputs)
     if where is not True:
         result = np.where(where, result, np.zeros_like(result) if target is None else target)

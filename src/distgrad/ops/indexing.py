@@ -78,7 +78,9 @@ defvjp(
 
 
 @implements(np.take)
-def take(a: Any, indices: Any, axis: int | None = None, out: Any = None, mode: str = "raise") -> Any:
+def take(
+    a: Any, indices: Any, axis: int | None = None, out: Any = None, mode: str = "raise"
+) -> Any:
     """Return elements along an axis, by their positions."""
     if out is not None or mode != "raise":
         raise TypeError("cannot record numpy.take with out or another mode than 'raise'")
@@ -125,13 +127,13 @@ def trace(a: Any, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Any:
 @implements(np.tril)
 def tril(m: Any, k: int = 0) -> Any:
     """Keep what is on and below a diagonal."""
-    return np.where(np.tri(*m.shape[-2:], k=k, dtype=bool), m, np.zeros((), m.dtype))
+    return np.where(np.tri(m.shape[-2], m.shape[-1], k, dtype=bool), m, np.zeros((), m.dtype))
 
 
 @implements(np.triu)
 def triu(m: Any, k: int = 0) -> Any:
     """Keep what is on and above a diagonal."""
-    return np.where(np.tri(*m.shape[-2:], k=k - 1, dtype=bool), np.zeros((), m.dtype), m)
+    return np.where(np.tri(m.shape[-2], m.shape[-1], k - 1, dtype=bool), np.zeros((), m.dtype), m)
 
 
 class At:

@@ -23,6 +23,7 @@ def adjoint(x: Any) -> Any:
 
 # ------------------------------------------------------------ products
 
+
 def matmul_left(g: Any, ans: Any, x: Any, y: Any) -> Any:
     if y.ndim == 1:
         return np.expand_dims(g, -1) * conj(y)
@@ -60,8 +61,8 @@ def tensordot(a: Any, b: Any, axes: Any = 2) -> Any:
     """Sum products over pairs of axes."""
     if isinstance(axes, int | np.integer):
         axes = (tuple(range(a.ndim - axes, a.ndim)), tuple(range(axes)))
-    left, right = ((x,) if isinstance(x, int | np.integer) else tuple(x) for x in axes)
-    left, right = [i % a.ndim for i in left], [i % b.ndim for i in right]
+    pairs = [(x,) if isinstance(x, int | np.integer) else tuple(x) for x in axes]
+    left, right = [i % a.ndim for i in pairs[0]], [i % b.ndim for i in pairs[1]]
     keep_a = [i for i in range(a.ndim) if i not in left]
     keep_b = [i for i in range(b.ndim) if i not in right]
     shape = tuple(a.shape[i] for i in keep_a) + tuple(b.shape[i] for i in keep_b)
@@ -97,13 +98,12 @@ def vdot(a: Any, b: Any) -> Any:
 
 # ------------------------------------------------------------ einsum
 
+
 def contract(*operands: Any, subscripts: str) -> Any:
     return np.einsum(subscripts, *operands, optimize=len(operands) > 2)
 
 
-def contract_rule(
-    position: int, g: Any, ans: Any, *operands: Any, subscripts: str
-) -> Any:
+def contract_rule(position: int, g: Any, ans: Any, *operands: Any, subscripts: str) -> Any:
     """Contract the gradient with all other operands; summed-out letters are repeated."""
     inputs, output = subscripts.split("->")
     letters = inputs.split(",")
@@ -150,9 +150,7 @@ def name_dots(terms: list[str], operands: tuple[Any, ...]) -> tuple[list[str], s
     depths = [np.ndim(x) - len(t.replace("...", "")) for t, x in zip(terms, operands, strict=True)]
     most = max(d for d, t in zip(depths, terms, strict=True) if "..." in t)
     dots = "".join(free[:most])
-    return [
-        t.replace("...", dots[most - d :]) for t, d in zip(terms, depths, strict=True)
-    ], dots
+    return [t.replace("...", dots[most - d :]) for t, d in zip(terms, depths, strict=True)], dots
 
 
 # ------------------------------------------------------------ matrices

@@ -105,9 +105,7 @@ def _cross_entropy(logits: Any, labels: Any, reduction: str = "mean") -> Any:
     return np.mean(losses) if reduction == "mean" else np.sum(losses)
 
 
-def _cross_entropy_rule(
-    g: Any, ans: Any, logits: Any, labels: Any, reduction: str = "mean"
-) -> Any:
+def _cross_entropy_rule(g: Any, ans: Any, logits: Any, labels: Any, reduction: str = "mean") -> Any:
     """Softmax minus one-hot labels, for each loss as much as it counts."""
     hits = np.zeros(logits.shape, logits.dtype)
     hits[_picked(logits, labels)] = 1

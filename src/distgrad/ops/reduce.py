@@ -24,8 +24,9 @@ def count_along(shape: tuple[int, ...], axis: Any) -> int:
 
 # ------------------------------------------------------------ sums
 
-def total(x: Any, axis: Any = None, keepdims: bool = False, dtype: Any = None) -> Any:
-    return np.add.reduce(x, axis, dtype, None, keepdims)
+
+def total(x: Any, axis: Any = None, keepdims: Any = False, dtype: Any = None) -> Any:
+    return np.add.reduce(x, axis=axis, dtype=dtype, keepdims=keepdims)
 
 
 def average(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
@@ -134,12 +135,13 @@ def std(a: Any, axis: Any = None, dtype: Any = None, out: Any = None, **options:
 
 # ------------------------------------------------------------ extremes
 
-def highest(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
-    return np.maximum.reduce(x, axis, None, None, keepdims)
+
+def highest(x: Any, axis: Any = None, keepdims: Any = False) -> Any:
+    return np.maximum.reduce(x, axis=axis, keepdims=keepdims)
 
 
-def lowest(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
-    return np.minimum.reduce(x, axis, None, None, keepdims)
+def lowest(x: Any, axis: Any = None, keepdims: Any = False) -> Any:
+    return np.minimum.reduce(x, axis=axis, keepdims=keepdims)
 
 
 def share_extreme(g: Any, ans: Any, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
@@ -193,8 +195,9 @@ def min_(a: Any, axis: Any = None, out: Any = None, keepdims: bool = False, **op
 
 # ------------------------------------------------------------ products
 
-def product(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
-    return np.multiply.reduce(x, axis, None, None, keepdims)
+
+def product(x: Any, axis: Any = None, keepdims: Any = False) -> Any:
+    return np.multiply.reduce(x, axis=axis, keepdims=keepdims)
 
 
 def product_rule(g: Any, ans: Any, x: Any, axis: Any = None, keepdims: bool = False) -> Any:

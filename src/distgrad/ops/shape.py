@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-
 from distgrad.ops.registry import constant, defvjp, implements
 
 __all__ = ["cast"]
@@ -41,6 +40,7 @@ def ravel(a: Any, order: str = "C") -> Any:
 
 # ------------------------------------------------------------ axes
 
+
 def transpose_back(g: Any, ans: Any, x: Any, axes: Any = None) -> Any:
     if axes is None:
         return np.transpose(g)
@@ -48,9 +48,7 @@ def transpose_back(g: Any, ans: Any, x: Any, axes: Any = None) -> Any:
 
 
 defvjp(np.transpose, transpose_back, needs=("",))
-defvjp(
-    np.swapaxes, lambda g, ans, x, axis1, axis2: np.swapaxes(g, axis1, axis2), needs=("",)
-)
+defvjp(np.swapaxes, lambda g, ans, x, axis1, axis2: np.swapaxes(g, axis1, axis2), needs=("",))
 defvjp(np.squeeze, lambda g, ans, x, axis=None: np.reshape(g, x.shape), needs=("s",))
 defvjp(np.expand_dims, lambda g, ans, x, axis: np.reshape(g, x.shape), needs=("s",))
 defvjp(np.broadcast_to, lambda g, ans, x, shape, subok=False: g, needs=("",))
@@ -101,6 +99,7 @@ def take_slice(a: Any, axis: int, start: int | None, stop: int | None) -> Any:
 
 
 # ------------------------------------------------------------ joining and splitting
+
 
 def join(*arrays: Any, axis: int = 0) -> Any:
     return np.concatenate(arrays, axis=axis)

@@ -112,7 +112,8 @@ def _draw(random: np.random.Generator, like: Tensor) -> Array:
     values = random.uniform(0.5, 1.5, like.shape)
     if like.dtype.kind == "c":
         values = values + 1j * random.uniform(0.5, 1.5, like.shape)
-    return np.asarray(values, like.dtype)
+    drawn: Array = values.astype(like.dtype) if like.ndim else np.asarray(values, like.dtype)
+    return drawn
 
 
 def _projection(f: Callable[..., Any], arguments: list[Any], cotangents: list[Array]) -> float:
@@ -130,7 +131,7 @@ def _differences(
     f: Callable[..., Any], arguments: list[Any], leaf: Tensor, cotangents: list[Array], eps: float
 ) -> Array:
     """Central differences in every element of `leaf`, real and imaginary part."""
-    result = np.zeros_like(leaf.data)
+    result: Array = np.zeros_like(leaf.data)
     for index, values in _perturbed(leaf):
         for direction in (1.0, 1j) if leaf.dtype.kind == "c" else (1.0,):
             ends = []
