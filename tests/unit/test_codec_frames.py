@@ -229,7 +229,7 @@ def test_codec_value_that_doubles_by_references_is_never_walked(use: str) -> Non
     last = b"\xad" + (5 + len(elements) - 15).to_bytes(4, "little")
     count = (71).to_bytes(4, "little")
     frame = frame_with(b"\xc1" + count + elements + bytes.fromhex(use) + last + b"\0")
-    with pytest.raises(ProtocolError, match="no text|without identity"):
+    with pytest.raises(ProtocolError, match=r"no text|without identity"):
         decode(frame)
 
 
