@@ -161,8 +161,8 @@ def compare_gradients(stages: Sequence[Any], digits: Digits, seed: int, picture:
     images, labels = next(digits.batches(BATCH, np.random.default_rng(seed)))
     with dist_autograd.context() as context_id:
         loss = cross_entropy(forward(stages, images), labels)
+        dist_autograd.backward(context_id, [loss], retain_graph=True)
         context_id.draw(picture)
-        dist_autograd.backward(context_id, [loss])
         distributed = [g for stage in stages for g in stage.rpc_sync().gradients(context_id)]
 
     first, second, third = local = [Stage(*arguments) for arguments in stage_arguments(seed)]
