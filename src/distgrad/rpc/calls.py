@@ -9,10 +9,10 @@ from typing import Any
 from distgrad.errors import RpcTimeoutError
 from distgrad.message import Call, code_of
 from distgrad.rpc.activity import activity, current_worker
-from distgrad.rpc.agent import RpcFuture
 from distgrad.rpc.exposure import name_of
 from distgrad.rpc.future import Future
 from distgrad.rpc.options import UNSET_RPC_TIMEOUT, WorkerInfo
+from distgrad.rpc.pending import RpcFuture
 from distgrad.rpc.worker import Worker
 
 __all__ = ["allowed_timeout", "rpc_async", "rpc_sync"]

@@ -31,52 +31,15 @@ from distgrad.errors import DistgradError
 from distgrad.rpc._leader import Leadership
 from distgrad.rpc.activity import Activity, activity
 from distgrad.rpc.future import Future
+from distgrad.rpc.waiting import Task, Waiter, WaitingThreads
 from distgrad.transport._stream import Poller
 
 __all__ = ["Crew"]
-
-Task = Callable[[], None]
 
 _SPARE_S = 10.0  # how long a surplus thread waits for work before it ends
 _FOREVER_S = 3600.0
 
 _log = logging.getLogger("distgrad")
-
-
-class _Waiter:
-    """A thread that waits for a future.
-
-    Attributes
-    ----------
-    chain
-        The chain it waits for; its tasks may run on this thread.
-    depth
-        How many waiting threads of the same chain lie below on this stack.
-    tasks
-        Tasks given to this thread.
-    leads
-        The role was handed to this thread, which has not taken it up yet, or polls.
-    mailbox
-        Where it is woken; made when it first has to sleep.
-    """
-
-    __slots__ = ("chain", "depth", "leads", "mailbox", "over", "previous", "tasks", "thread")
-
-    def __init__(self, chain: Hashable, previous: _Waiter | None) -> None:
-        self.chain = chain
-        self.previous = previous
-        self.thread = threading.get_ident()
-        self.depth: int = 0
-        if previous is not None and previous.thread == self.thread:
-            self.depth = previous.depth + 1
-        self.tasks: deque[Task] = deque()
-        self.leads = False
-        self.over = False
-        self.mailbox: SimpleQueue[None] | None = None
-
-    def wake(self) -> None:
-        if self.mailbox is not None:
-            self.mailbox.put(None)
 
 
 class Crew:
@@ -118,8 +81,8 @@ class Crew:
         self._awaited: Future | None = None  # what the leading thread waits for
         self._resident_leads = False
         self._backlog: deque[Task] = deque()
-        self._followers: deque[_Waiter] = deque()
-        self._waiting: dict[Hashable, _Waiter] = {}
+        self._followers: deque[Waiter] = deque()
+        self._waiting = WaitingThreads()
         self._watch = threading.Lock()
         self._summoned = False
         self._spares: deque[SimpleQueue[bool]] = deque()
@@ -143,7 +106,7 @@ class Crew:
 
     def wait(self, future: Future, deadline: float | None) -> None:
         """Block until the future is done or the deadline (`time.monotonic`) has passed."""
-        waiter = self._enter(future.chain)
+        waiter = self._waiting.enter(future.chain)
         try:
             while not future.done():
                 if self.closed:
@@ -169,7 +132,7 @@ class Crew:
 
     def drain(self, connection: Any) -> None:
         """Block until the kernel has taken all that was sent on a connection."""
-        waiter = _Waiter(None, None)
+        waiter = Waiter(None, None)
         sent = Future(agent=None)
         try:
             while not connection.flushed() and not connection.closed and not self.closed:
@@ -181,35 +144,22 @@ class Crew:
         finally:
             self._exit(waiter)
 
-    def _enter(self, chain: Hashable) -> _Waiter:
-        if not chain:
-            return _Waiter(chain, None)
-        previous = self._waiting.get(chain)
-        waiter = self._waiting[chain] = _Waiter(chain, previous)
-        return waiter
-
-    def _exit(self, waiter: _Waiter) -> None:
-        waiter.over = True
-        if waiter.chain and self._waiting.get(waiter.chain) is waiter:
-            previous = waiter.previous
-            if previous is not None and not previous.over:
-                self._waiting[waiter.chain] = previous
-            else:
-                self._waiting.pop(waiter.chain, None)
+    def _exit(self, waiter: Waiter) -> None:
+        self._waiting.leave(waiter)
         if waiter.leads:
             waiter.leads = False
             self._pass_on()
         while waiter.tasks:  # given in the last moment
             self._enqueue(waiter.tasks.popleft())
 
-    def _run_own(self, waiter: _Waiter) -> None:
+    def _run_own(self, waiter: Waiter) -> None:
         if waiter.tasks and waiter.leads:  # woken by a task and picked to lead at once
             waiter.leads = False
             self._pass_on()
         while waiter.tasks:
             self._run(waiter.tasks.popleft())
 
-    def _lead(self, waiter: _Waiter, future: Future, deadline: float | None) -> None:
+    def _lead(self, waiter: Waiter, future: Future, deadline: float | None) -> None:
         waiter.leads = True
         self._leader_thread = threading.get_ident()
         self._awaited = future
@@ -238,7 +188,7 @@ class Crew:
             if next_tick < self.wake_at:
                 self.wake_at = next_tick
 
-    def _follow(self, waiter: _Waiter, future: Future, deadline: float | None) -> None:
+    def _follow(self, waiter: Waiter, future: Future, deadline: float | None) -> None:
         if waiter.mailbox is None:
             waiter.mailbox = SimpleQueue()
         if not future._add_waiter(waiter.wake):
@@ -248,25 +198,21 @@ class Crew:
             if not waiter.tasks and not self._leads_after_all(waiter):
                 if self._resident_leads:
                     self.poller.wake()  # it hands the role to the thread that waits
-                self._sleep(waiter, deadline)
+                patience = None if deadline is None else max(0.0, deadline - time.monotonic())
+                with contextlib.suppress(Empty):
+                    waiter.mailbox.get(timeout=patience)
         finally:
             future._drop_waiter(waiter.wake)
             self._unfollow(waiter)
 
-    def _leads_after_all(self, waiter: _Waiter) -> bool:
+    def _leads_after_all(self, waiter: Waiter) -> bool:
         # The leader may have left between our try and our entry among the followers.
         if not self._leadership.try_lead():
             return False
         self._unfollow(waiter, keep_role=True)
         return True
 
-    def _sleep(self, waiter: _Waiter, deadline: float | None) -> None:
-        assert waiter.mailbox is not None
-        patience = None if deadline is None else max(0.0, deadline - time.monotonic())
-        with contextlib.suppress(Empty):
-            waiter.mailbox.get(timeout=patience)
-
-    def _unfollow(self, waiter: _Waiter, keep_role: bool = False) -> None:
+    def _unfollow(self, waiter: Waiter, keep_role: bool = False) -> None:
         try:
             self._followers.remove(waiter)
         except ValueError:
@@ -298,14 +244,13 @@ class Crew:
 
         Any thread may call this. The task runs in a fresh `contextvars.Context`.
         """
-        if chain:
-            waiter = self._waiting.get(chain)
-            if waiter is not None and not waiter.over and waiter.depth < config.inline_depth:
-                self._give(waiter, task)
-                return
-        self._enqueue(task)
+        waiter = self._waiting.find(chain) if chain else None
+        if waiter is not None:
+            self._give(waiter, task)
+        else:
+            self._enqueue(task)
 
-    def _give(self, waiter: _Waiter, task: Task) -> None:
+    def _give(self, waiter: Waiter, task: Task) -> None:
         waiter.tasks.append(task)
         if waiter.over:  # it left meanwhile, and may or may not have seen the task
             with contextlib.suppress(ValueError):

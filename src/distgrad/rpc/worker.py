@@ -13,12 +13,14 @@ from distgrad.config import config
 from distgrad.errors import SerializationError
 from distgrad.message import Call, code_of
 from distgrad.rpc.activity import Activity, activity
-from distgrad.rpc.agent import Agent, Handler, RpcFuture
+from distgrad.rpc.agent import Agent
 from distgrad.rpc.exposure import Exposure
 from distgrad.rpc.functions import answers_later
 from distgrad.rpc.future import Future
 from distgrad.rpc.hooks import PayloadHook
+from distgrad.rpc.inbox import Handler
 from distgrad.rpc.options import RpcBackendOptions, WorkerInfo
+from distgrad.rpc.pending import RpcFuture
 from distgrad.rpc.world import World
 from distgrad.transport._stream import Poller
 
@@ -90,7 +92,7 @@ class Worker:
             user code, nor send messages that wait. Such a handler answers a request
             itself; it may return a task, which a serving thread runs next.
         """
-        self.agent.handlers[code_of(kind)] = (handler, inline)
+        self.agent.inbox.handlers[code_of(kind)] = (handler, inline)
 
     def request(
         self, to: int, body: Any, *, timeout: float | None = None, chain: int = 0, what: str = ""
