@@ -18,7 +18,7 @@ from typing import Any
 from integer_graph import IntegerTask, Value, Vertex, combine, leaf, received, send_vertex
 
 from distgrad.autograd.part import Part, Run
-from distgrad.autograd.protocol import RETAIN, Message, State
+from distgrad.autograd.terms import RETAIN, Message, State
 from distgrad.errors import WorkerLostError
 from distgrad.message import PassAbort, PassBegin, PropagateGradients
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from distgrad.message import RRefChildAccept, RRefForkRequest, RRefUserDelete
+from distgrad.message import RRefChildAccept, RRefForkRequest
 from distgrad.rref.protocol import (
     Answer,
+    End,
     Fork,
     ForkState,
     Free,
@@ -60,11 +61,10 @@ def test_fork_by_owner_is_confirmed_without_messages(
 
 def test_last_delete_frees_the_value_once(owner: ReferenceCounts, parent: ReferenceCounts) -> None:
     fork = shared(owner, parent)
-    delete = RRefUserDelete(fork.rref_id, fork.fork_id)
-    assert parent.drop(fork) == [Send(OWNER, delete)]
+    assert parent.drop(fork) == [End(OWNER, fork.rref_id, fork.fork_id)]
     assert parent.drop(fork) == []
-    assert owner.on_user_delete(PARENT, *delete) == [Free(fork.rref_id, "value")]
-    assert owner.on_user_delete(PARENT, *delete) == []
+    assert owner.on_end(PARENT, fork.rref_id, fork.fork_id) == [Free(fork.rref_id, "value")]
+    assert owner.on_end(PARENT, fork.rref_id, fork.fork_id) == []
 
 
 def test_parent_dropped_waits_for_its_child(
@@ -80,7 +80,7 @@ def test_parent_dropped_waits_for_its_child(
     assert owner.on_fork_request(CHILD, *request) == [Answer(CHILD, child_id, True)]
     accept = RRefChildAccept(child_id)
     assert child.settle(passed, ForkState.CONFIRMED) == [Settled(passed), Send(PARENT, accept)]
-    end = Send(OWNER, RRefUserDelete(fork.rref_id, fork.fork_id))
+    end = End(OWNER, fork.rref_id, fork.fork_id)
     assert parent.on_child_accept(*accept) == [end]
     assert parent.on_child_accept(*accept) == []
 
@@ -155,7 +155,7 @@ def test_creation_timed_out_still_reports_its_end(parent: ReferenceCounts) -> No
     assert parent.settle(fork, ForkState.CONFIRMED) == []
     with pytest.raises(ValueError, match="timed out"):
         parent.pass_on(fork, CHILD)
-    assert parent.drop(fork) == [Send(OWNER, RRefUserDelete(fork.rref_id, fork.fork_id))]
+    assert parent.drop(fork) == [End(OWNER, fork.rref_id, fork.fork_id)]
 
 
 def test_message_never_left_takes_its_fork_back(
@@ -164,7 +164,7 @@ def test_message_never_left_takes_its_fork_back(
     fork = shared(owner, parent)
     child_id = parent.pass_on(fork, CHILD)
     parent.drop(fork)
-    assert parent.revoke(child_id) == [Send(OWNER, RRefUserDelete(fork.rref_id, fork.fork_id))]
+    assert parent.revoke(child_id) == [End(OWNER, fork.rref_id, fork.fork_id)]
     rref_id = owner.new_id()
     fork_id = owner.share(rref_id, "other", CHILD)
     assert owner.unshare(rref_id, fork_id) == [Free(rref_id, "other")]
@@ -193,4 +193,4 @@ def test_lost_child_releases_its_parent(owner: ReferenceCounts, parent: Referenc
     fork = shared(owner, parent)
     parent.pass_on(fork, CHILD)
     parent.drop(fork)
-    assert parent.lose(CHILD) == [Send(OWNER, RRefUserDelete(fork.rref_id, fork.fork_id))]
+    assert parent.lose(CHILD) == [End(OWNER, fork.rref_id, fork.fork_id)]

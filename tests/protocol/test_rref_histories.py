@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from distgrad.message import RRefChildAccept, RRefForkRequest, RRefUserDelete
+from distgrad.message import RRefChildAccept, RRefForkRequest
 from distgrad.rref.protocol import (
     Answer,
+    End,
     Fork,
     ForkState,
     Free,
@@ -118,9 +119,10 @@ class Simulation:
 
     def perform(self, worker: int, actions: list[Any]) -> None:
         for action in actions:
-            if isinstance(action, Send):
+            if isinstance(action, Send | End):
+                message = action.body if isinstance(action, Send) else action
                 for _ in range(self.random.choice((1, 1, 1, 2))):
-                    self.send(worker, action.to, action.body)
+                    self.send(worker, action.to, message)
             elif isinstance(action, Answer):
                 self.send(worker, action.to, Answered(action.fork_id, action.accepted))
             elif isinstance(action, Free):
@@ -168,8 +170,8 @@ class Simulation:
                     self.perform(to, counts.settle(fork, state))
             case RRefForkRequest(rref_id, fork_id):
                 self.perform(to, counts.on_fork_request(source, rref_id, fork_id))
-            case RRefUserDelete(rref_id, fork_id):
-                self.perform(to, counts.on_user_delete(source, rref_id, fork_id))
+            case End(_, rref_id, fork_id):
+                self.perform(to, counts.on_end(source, rref_id, fork_id))
             case RRefChildAccept(fork_id):
                 self.perform(to, counts.on_child_accept(fork_id))
             case Lost():
@@ -409,7 +411,7 @@ class DeletesPending(ReferenceCounts):
     def drop(self, fork: Fork) -> list[Any]:
         if fork.state is ForkState.PENDING and not fork.origin:
             self.used.pop(fork.fork_id, None)
-            return [Send(fork.owner, RRefUserDelete(fork.rref_id, fork.fork_id))]
+            return [End(fork.owner, fork.rref_id, fork.fork_id)]
         return super().drop(fork)
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+from weakref import ref
 
 from distgrad._core import GradientTable, Tensor
 from distgrad.autograd.functions import RecvRpcBackward, SendRpcBackward
@@ -28,15 +29,18 @@ class ContextPart(Part):
     ----------
     gradients
         Of the leaves of this worker.
+    roots
+        Of the last pass that was started here, for pictures.
     """
 
-    __slots__ = ("gradients",)
+    __slots__ = ("gradients", "roots")
 
     host: Engine
 
     def __init__(self, host: Host, context_id: int) -> None:
         super().__init__(host, context_id)
         self.gradients = GradientTable()
+        self.roots: list[ref[Tensor]] = []
 
 
 #: The context of the current thread or task, as the part of its worker.
@@ -120,10 +124,15 @@ class DistAutogradContext(int):
 
     def gradient(self, tensor: Tensor) -> Tensor | None:
         """Return the gradient of one leaf of this worker, or None if it got none."""
-        return self._part.host.existing(int(self)).gradients.get(tensor)
+        found: Tensor | None = self._part.host.existing(int(self)).gradients.get(tensor)
+        return found
 
     def draw(self, path: str | PathLike[str]) -> None:
-        """Draw the graph across all workers into an SVG or, by its ending, a DOT file."""
+        """Draw the graph across all workers into an SVG file, or DOT if it ends so.
+
+        Shows what messages carried, and on this worker what led to the roots of the last
+        pass, as far as that still exists.
+        """
         from distgrad.autograd.drawing import draw
 
         draw(self._part.host, int(self), path)

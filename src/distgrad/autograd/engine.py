@@ -8,13 +8,14 @@ import time
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 from distgrad import message as messages
 from distgrad._core import GraphTask, Tensor
 from distgrad.autograd.context import ContextPart, DistAutogradContext, current
 from distgrad.autograd.part import Part, Run
-from distgrad.autograd.protocol import INTO_GRAD, LATE, RETAIN, Message, State, worker_of
 from distgrad.autograd.roots import failure, seeds
+from distgrad.autograd.terms import INTO_GRAD, LATE, RETAIN, Message, State, worker_of
 from distgrad.autograd.tombstones import Tombstones
 from distgrad.errors import ContextError, RpcTimeoutError, TransportError
 from distgrad.message import CleanupContext, JoinContext, PassAbort
@@ -227,6 +228,7 @@ class Engine:
         part = self.existing(context_id)
         flags = _flags(retain_graph, create_graph, accumulate_into)
         starts = seeds(roots, grads)
+        part.roots = [ref(root) for root in roots]
         pass_id = next(self._pass_ids)
         outcome = Future(chain=("backward", pass_id), agent=self.worker.agent)
         outer = current.get()
@@ -252,7 +254,8 @@ class Engine:
         }
 
 
-def _drain(part: ContextPart, run: Run) -> None:
+def _drain(part: Part, run: Run) -> None:
+    assert isinstance(part, ContextPart)
     current.set(part)
     part.drain(run)
 

@@ -17,7 +17,8 @@ from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 from distgrad.autograd.pass_table import PassTable
-from distgrad.autograd.protocol import BackwardPass, Boundary, Graph, Message, State
+from distgrad.autograd.protocol import BackwardPass
+from distgrad.autograd.terms import Boundary, Graph, Message, State
 from distgrad.message import PassAbort
 
 __all__ = ["Host", "Part", "Run"]

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from distgrad.autograd.protocol import LATE, BackwardPass, Message, State, last_word
+from distgrad.autograd.protocol import BackwardPass
+from distgrad.autograd.terms import LATE, Message, State, last_word
 from distgrad.message import PassAbort, PassBegin, PassComplete, PassEnd, PropagateGradients
 
 __all__ = ["PassTable"]
@@ -83,8 +84,8 @@ class PassTable(Generic[P]):
         """Stop to know a pass that is over or failed; at the root, owe all others the end."""
         self.passes.pop(finished.pass_id, None)
         self._remember(finished.pass_id, finished.cause)
-        if finished.root == self.worker and finished.state is State.OVER:
-            for peer in finished.participants | finished.reporters.keys():
+        if finished.closure is not None and finished.state is State.OVER:
+            for peer in finished.closure.workers():
                 if peer != self.worker:
                     self._owed.setdefault(peer, []).append(PassEnd(finished.pass_id))
 

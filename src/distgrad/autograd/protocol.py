@@ -18,10 +18,20 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from enum import Enum
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
+from distgrad.autograd.closure import Closure
+from distgrad.autograd.terms import (
+    LATE,
+    Boundary,
+    Gradients,
+    Graph,
+    Message,
+    State,
+    last_word,
+    worker_of,
+)
 from distgrad.errors import GraphError, ProtocolError, WorkerLostError
 from distgrad.message import (
     PassAbort,
@@ -31,66 +41,7 @@ from distgrad.message import (
     PropagateGradients,
 )
 
-__all__ = [
-    "INTO_GRAD",
-    "LATE",
-    "RETAIN",
-    "BackwardPass",
-    "Boundary",
-    "Graph",
-    "Message",
-    "State",
-    "worker_of",
-]
-
-#: Flags of a pass, which every participant learns from its first message.
-RETAIN = 1  # keep what the nodes saved, so that another pass can run them
-INTO_GRAD = 2  # accumulate into ``.grad`` of the leaves instead of the context
-
-#: Flag of a message: nones for late recvs. It invites nobody into the pass.
-LATE = 4
-
-Gradients = tuple[Any, ...] | None
-Message = PropagateGradients | PassBegin | PassComplete | PassEnd | PassAbort
-
-_WORKER_SHIFT = 48
-
-
-def worker_of(identifier: int) -> int:
-    """Return the worker that made a context, message or pass id."""
-    return identifier >> _WORKER_SHIFT
-
-
-class Boundary(Protocol):
-    """A send or recv node: one end of a message of the forward pass."""
-
-    message_id: int
-    peer: int
-
-
-class Graph(Protocol):
-    """The local part of the graph in one pass; see `distgrad._core.GraphTask`."""
-
-    done: bool
-
-    def reaches(self, node: Any) -> bool:
-        """Return whether the roots or sends lead to this recv."""
-
-    def deliver(self, node: Any, grads: Sequence[Any] | None) -> None:
-        """Resolve a send."""
-
-    def run(self) -> Sequence[tuple[Any, Gradients]]:
-        """Run what is ready; return the recvs that became complete."""
-
-
-class State(Enum):
-    """How far a pass is on this worker."""
-
-    NEW = "new"  # known, the snapshot is not taken
-    RUNNING = "running"
-    COMPLETE = "complete"  # this part is done and reported; the pass goes on elsewhere
-    OVER = "over"
-    FAILED = "failed"
+__all__ = ["BackwardPass"]
 
 
 class BackwardPass:
@@ -118,10 +69,8 @@ class BackwardPass:
         The local part of the graph while the pass runs.
     cause
         Why the pass failed, or None.
-    participants
-        At the root: the workers reached so far.
-    reporters
-        At the root: the workers that reported, reached or not.
+    closure
+        At the root: who takes part.
     """
 
     __slots__ = (
@@ -138,14 +87,12 @@ class BackwardPass:
         "_recvs",
         "_sends",
         "_uncertain",
-        "_unreported",
         "_unresolved",
         "cause",
+        "closure",
         "flags",
         "graph",
-        "participants",
         "pass_id",
-        "reporters",
         "root",
         "state",
         "worker",
@@ -157,8 +104,8 @@ class BackwardPass:
         self.flags = flags
         self.root = worker_of(pass_id)
         self.state = State.NEW
+        self.closure = Closure(worker) if self.root == worker else None
         self.cause: PassAbort | None = None
-        self.participants: set[int] = set()
         self.graph: Graph | None = None
         self._sends: Mapping[int, Boundary] = {}
         self._recvs: Mapping[int, Boundary] = {}
@@ -174,8 +121,6 @@ class BackwardPass:
         self._own: list[tuple[int, Gradients]] = []  # the same, for this worker itself
         self._announced = False
         self._outbox: list[tuple[int, Message]] = []
-        self.reporters: dict[int, Iterable[int]] = {}
-        self._unreported: set[int] = set()
 
     # --- events ------------------------------------------------------------------------
 
@@ -287,14 +232,15 @@ class BackwardPass:
 
     def on_released(self, cause: PassAbort) -> None:
         """Leave a pass because the context is finished here; fail unless this part is done."""
-        if self.state is State.COMPLETE and self.worker != self.root:
+        if self.state is State.COMPLETE and self.closure is None:
             self.state = State.OVER
         else:
             self.fail(cause)
 
     def on_lost(self, peer: int, cause: PassAbort) -> None:
         """Fail if the pass needs a worker that is lost."""
-        if peer in self._peers or peer in self.participants or peer == self.root:
+        reached = self.closure.reached if self.closure is not None else ()
+        if peer in self._peers or peer in reached or peer == self.root:
             self.fail(cause, peer)
         else:
             self._lost = {*self._lost, peer}
@@ -313,7 +259,7 @@ class BackwardPass:
             return
         self.state = State.FAILED
         self.cause = cause
-        tell = self._peers | self.participants | self.reporters.keys() | {self.root}
+        tell = self._peers | (self.closure.workers() if self.closure else {self.root})
         tell -= {self.worker, sender, *self._lost}
         self._outbox = [(peer, cause) for peer in sorted(tell)]
         self._drop_graph()
@@ -410,9 +356,8 @@ class BackwardPass:
         self.state = State.COMPLETE
         self._drop_graph()
         peers = tuple(sorted(self._peers)) + tuple(~worker for worker in self._excluded)
-        if self.worker != self.root:
+        if self.closure is None:
             return peers
-        self._discover([self.worker])
         self._on_report(self.worker, peers)
         return None
 
@@ -422,45 +367,20 @@ class BackwardPass:
         self._own = []
 
     def _on_report(self, sender: int, peers: Iterable[int]) -> None:
-        if sender not in self.reporters:
-            self.reporters[sender] = peers
-            if sender in self._unreported:
-                self._discover([sender])
-        if self.state is State.COMPLETE and self.worker == self.root and not self._unreported:
-            self._check_excluded()
+        closure = self.closure
+        if closure is None:
+            raise ProtocolError("cannot take a report: this worker is not the root of the pass")
+        closure.report(sender, peers)
+        if self._lost:
+            _refuse(closure.reached.intersection(self._lost))
+        if self.state is State.COMPLETE and not closure.missing:
+            _refuse(closure.left_out())
             self.state = State.OVER
 
-    def _check_excluded(self) -> None:
-        for peers in self.reporters.values():
-            for excluded in [~peer for peer in peers if peer < 0]:
-                if excluded in self.participants:
-                    raise _lost(excluded)
 
-    def _discover(self, workers: list[int]) -> None:
-        """Close over the reports from here, without recursion."""
-        while workers:
-            worker = workers.pop()
-            if worker in self._lost:
-                raise _lost(worker)
-            self.participants.add(worker)
-            if worker not in self.reporters:
-                self._unreported.add(worker)
-                continue
-            self._unreported.discard(worker)
-            peers = self.reporters[worker]
-            workers += [p for p in peers if p >= 0 and p not in self.participants]
-
-
-def last_word(message: Message, cause: PassAbort | None) -> PassAbort | PassEnd | None:
-    """Return what the sender of a message must hear if the pass is over, or None.
-
-    Whoever reports to the root waits for its word; whoever takes part in a pass that failed
-    may have joined too late to be told by others.
-    """
-    if isinstance(message, PassAbort | PassEnd) or getattr(message, "flags", 0) & LATE:
-        return None
-    reports = getattr(message, "complete", None) is not None
-    return cause or (PassEnd(message.pass_id) if reports else None)
+def _refuse(lost: Iterable[int]) -> None:
+    for worker in lost:
+        raise _lost(worker)
 
 
 def _lost(worker: int) -> WorkerLostError:

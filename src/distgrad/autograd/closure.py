@@ -1,0 +1,59 @@
+"""Who takes part in a pass, as its root learns from the reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = ["Closure"]
+
+
+class Closure:
+    """The workers reached from the root by closing over the reports.
+
+    Parameters
+    ----------
+    root
+        Where the pass started.
+
+    Attributes
+    ----------
+    reached
+        Workers that take part.
+    reports
+        What each worker reported: ids of its peers, and ``~id`` of those that it left out
+        because they were lost before it began. Workers that were not reached may report.
+    missing
+        Workers that take part and have not reported.
+    """
+
+    __slots__ = ("missing", "reached", "reports")
+
+    def __init__(self, root: int) -> None:
+        self.reached = {root}
+        self.missing = {root}
+        self.reports: dict[int, Iterable[int]] = {}
+
+    def report(self, sender: int, peers: Iterable[int]) -> None:
+        """Take in the report of a worker, once."""
+        if sender in self.reports:
+            return
+        self.reports[sender] = peers
+        todo = [sender] if sender in self.missing else []
+        while todo:
+            worker = todo.pop()
+            self.missing.discard(worker)
+            for peer in self.reports[worker]:
+                if peer >= 0 and peer not in self.reached:
+                    self.reached.add(peer)
+                    self.missing.add(peer)
+                    if peer in self.reports:
+                        todo.append(peer)
+
+    def left_out(self) -> set[int]:
+        """Return workers that take part, but not for all of their peers."""
+        named = {~peer for peers in self.reports.values() for peer in peers if peer < 0}
+        return named & self.reached
+
+    def workers(self) -> set[int]:
+        """Return all that take part or think so."""
+        return self.reached | self.reports.keys()

@@ -1,0 +1,85 @@
+"""What the workers of a pass talk about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any, Protocol
+
+from distgrad.message import PassAbort, PassBegin, PassComplete, PassEnd, PropagateGradients
+
+__all__ = [
+    "INTO_GRAD",
+    "LATE",
+    "RETAIN",
+    "Boundary",
+    "Gradients",
+    "Graph",
+    "Message",
+    "State",
+    "last_word",
+    "worker_of",
+]
+
+#: Flags of a pass, which every participant learns from its first message.
+RETAIN = 1  # keep what the nodes saved, so that another pass can run them
+INTO_GRAD = 2  # accumulate into ``.grad`` of the leaves instead of the context
+
+#: Flag of a message: nones for late recvs. It invites nobody into the pass.
+LATE = 4
+
+Gradients = tuple[Any, ...] | None
+Message = PropagateGradients | PassBegin | PassComplete | PassEnd | PassAbort
+
+_WORKER_SHIFT = 48
+
+
+def worker_of(identifier: int) -> int:
+    """Return the worker that made a context, message or pass id."""
+    return identifier >> _WORKER_SHIFT
+
+
+class Boundary(Protocol):
+    """A send or recv node: one end of a message of the forward pass."""
+
+    message_id: int
+    peer: int
+
+
+class Graph(Protocol):
+    """The local part of the graph in one pass; see `distgrad._core.GraphTask`."""
+
+    @property
+    def done(self) -> bool:
+        """Whether every send is resolved and every node was run."""
+
+    def reaches(self, node: Any) -> bool:
+        """Return whether the roots or sends lead to this recv."""
+
+    def deliver(self, node: Any, grads: Sequence[Any] | None) -> None:
+        """Resolve a send."""
+
+    def run(self) -> Sequence[tuple[Any, Gradients]]:
+        """Run what is ready; return the recvs that became complete."""
+
+
+class State(Enum):
+    """How far a pass is on this worker."""
+
+    NEW = "new"  # known, the snapshot is not taken
+    RUNNING = "running"
+    COMPLETE = "complete"  # this part is done and reported; the pass goes on elsewhere
+    OVER = "over"
+    FAILED = "failed"
+
+
+def last_word(message: Message, cause: PassAbort | None) -> PassAbort | PassEnd | None:
+    """Return what the sender of a message must hear if the pass is over, or None.
+
+    Whoever reports to the root waits for its word; whoever takes part in a pass that failed
+    may have joined too late to be told by others.
+    """
+    if isinstance(message, PassAbort | PassEnd) or getattr(message, "flags", 0) & LATE:
+        return None
+    reports = getattr(message, "complete", None) is not None
+    return cause or (PassEnd(message.pass_id) if reports else None)
