@@ -20,6 +20,7 @@ from distgrad.wire._schema import (
 cimport cython
 cimport numpy as cnp
 from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF
 from distgrad.wire._decoder cimport Reader, read_message
 from distgrad.wire._encoder cimport (
     RESERVE,
@@ -93,6 +94,7 @@ cdef class Outgoing:
     def __getbuffer__(self, Py_buffer *view, int flags):
         self.seal()
         PyBuffer_FillInfo(view, self, self.head, self.head_nbytes, 1, flags)
+        Py_DECREF(None)  # Cython's first content of view.obj, which FillInfo overwrites
 
     def __releasebuffer__(self, Py_buffer *view):
         pass

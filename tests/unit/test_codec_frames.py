@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+import sys
 import tracemalloc
 from typing import Any
 
@@ -319,3 +321,25 @@ def test_codec_crc32c_does_not_depend_on_the_processor() -> None:
         for stop in range(290, 300):
             piece = data[start:stop]
             assert _codec._crc32c(piece) == _codec._crc32c(piece, portable=True)
+
+
+def test_codec_round_trips_and_refusals_leak_nothing() -> None:
+    values = [None, {"a": [1.5, "b", np.arange(3)]}, [np.zeros(600)] * 2, [[1], {2: (3,)}] * 2]
+
+    def turn() -> None:
+        for value in values:
+            round_trip(value)
+        with pytest.raises(SerializationError):
+            encode(1, [np.zeros(600), [values, object()]])
+        with pytest.raises(ProtocolError):
+            decode(frame_with(bytes.fromhex("c102000000 e100000000 ff")))
+
+    for _ in range(20):
+        turn()
+    gc.collect()
+    blocks, references = sys.getallocatedblocks(), sys.getrefcount(None)
+    for _ in range(300):
+        turn()
+    gc.collect()
+    assert sys.getallocatedblocks() - blocks < 150
+    assert sys.getrefcount(None) - references < 150
