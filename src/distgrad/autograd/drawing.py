@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from html import escape
+from itertools import chain, pairwise
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ Place = tuple[int, int]  # worker id, position among the nodes of its graph
 _WIDTH, _HEIGHT = 104, 24  # of a node
 _ACROSS, _DOWN = 120, 48  # from node to node
 _PAD, _HEAD, _GAP = 16, 34, 44  # inside a box, its title, between boxes
+_BEND = 0.2  # columns that an edge takes where it passes a row
 
 _FILLS = {"operation": "#ffffff", "leaf": "#d9f2d9", "send": "#ffe3c2", "recv": "#cfe3ff"}
 _STYLE = """
@@ -108,7 +110,8 @@ def as_svg(parts: dict[int, Graph]) -> str:
     """Return the picture as an SVG document."""
     edges, messages = _edges(parts), _messages(parts)
     rows = _rows(parts, [*edges, *messages])
-    columns, lefts, widths = _columns(parts, rows, edges)
+    routes = _routes(parts, rows, edges)
+    columns, lefts, widths = _columns(parts, rows, routes)
     centres = {
         place: (lefts[place[0]] + _PAD + columns[place] * _ACROSS + _WIDTH / 2,
                 _GAP / 2 + _HEAD + _PAD + row * _DOWN + _HEIGHT / 2)
@@ -118,12 +121,17 @@ def as_svg(parts: dict[int, Graph]) -> str:
     width = max((lefts[w] + widths[w] for w in parts), default=0) + _GAP / 2
     body = [
         *(_box(part, lefts[w], widths[w], bottom) for w, part in parts.items()),
-        *(_arrow("edge", centres[a], centres[b]) for a, b in edges),
-        *(_node(parts[w]["nodes"][i], centres[w, i]) for w, i in rows),
-        *(_arrow("message", centres[a], centres[b]) for a, b in messages),
+        *(_arrow("edge", [centres[place] for place in route]) for route in routes),
+        *(
+            _node(node, centres[w, i])
+            for w, part in parts.items()
+            for i, node in enumerate(part["nodes"])
+        ),
+        *(_arrow("message", [centres[a], centres[b]]) for a, b in messages),
     ]
     tips = _TIP.format(name="tip", fill="#8c959f") + _TIP.format(name="message-tip", fill="#bc4c00")
-    size = f'width="{width:.0f}" height="{bottom + _GAP:.0f}"'
+    height = bottom + _GAP
+    size = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n'
         f"<style>{_STYLE}</style>\n<defs>{tips}</defs>\n" + "\n".join(body) + "\n</svg>\n"
@@ -150,33 +158,61 @@ def _rows(parts: dict[int, Graph], edges: Iterable[tuple[Place, Place]]) -> dict
     return rows
 
 
-def _columns(
+def _routes(
     parts: dict[int, Graph], rows: dict[Place, int], edges: Iterable[tuple[Place, Place]]
-) -> tuple[dict[Place, float], dict[int, float], dict[int, float]]:
-    """Return a column for each node, and left side and width of each worker's box.
+) -> list[list[Place]]:
+    """Lead each edge through a place of its own in every row between its ends.
 
-    Within a row, nodes stand in the order of the nodes that they get gradients from.
+    So that it passes beside the nodes there, not behind them. Adds the places to ``rows``;
+    their positions follow those of the nodes.
+    """
+    free = {worker_id: len(part["nodes"]) for worker_id, part in parts.items()}
+    routes = []
+    for start, end in edges:
+        worker_id = start[0]
+        bends = range(free[worker_id], free[worker_id] + rows[end] - rows[start] - 1)
+        free[worker_id] = max(free[worker_id], bends.stop)
+        rows.update({(worker_id, b): rows[start] + 1 + n for n, b in enumerate(bends)})
+        routes.append([start, *((worker_id, bend) for bend in bends), end])
+    return routes
+
+
+def _columns(
+    parts: dict[int, Graph], rows: dict[Place, int], routes: list[list[Place]]
+) -> tuple[dict[Place, float], dict[int, float], dict[int, float]]:
+    """Return a column for each place, and left side and width of each worker's box.
+
+    Within a row, places stand in the order of the places that they get gradients from.
     """
     above: dict[Place, list[Place]] = defaultdict(list)
-    for start, end in edges:
+    for start, end in chain.from_iterable(map(pairwise, routes)):
         above[end].append(start)
     columns: dict[Place, float] = {}
-    lefts: dict[int, float] = {}
-    widths: dict[int, float] = {}
+    lefts, widths = {}, {}
     left = _GAP / 2
     for worker_id, part in parts.items():
         by_row: dict[int, list[Place]] = defaultdict(list)
-        for position in range(len(part["nodes"])):
-            by_row[rows[worker_id, position]].append((worker_id, position))
-        most = max((len(row) for row in by_row.values()), default=1)
+        for place in rows:
+            if place[0] == worker_id:
+                by_row[rows[place]].append(place)
+        nodes = len(part["nodes"])
+        shares = {row: [_share(p, nodes) for p in by_row[row]] for row in by_row}
+        most = max(map(sum, shares.values()), default=1.0)
         for row in sorted(by_row):
             ordered = sorted(by_row[row], key=lambda p: _mean([columns[a] for a in above[p]]))
-            for number, place in enumerate(ordered):
-                columns[place] = number + (most - len(ordered)) / 2
+            column = (most - sum(shares[row])) / 2
+            for place in ordered:
+                columns[place] = column + (_share(place, nodes) - 1) / 2
+                column += _share(place, nodes)
         lefts[worker_id] = left
         widths[worker_id] = 2 * _PAD + (most - 1) * _ACROSS + _WIDTH
         left += widths[worker_id] + _GAP
     return columns, lefts, widths
+
+
+def _share(place: Place, nodes: int) -> float:
+    """How much of a column a place takes: a bend of an edge is narrower than a node."""
+    return 1.0 if place[1] < nodes else _BEND
 
 
 def _mean(values: list[float]) -> float:
@@ -204,10 +240,13 @@ def _node(node: dict[str, str], centre: tuple[float, float]) -> str:
     )
 
 
-def _arrow(style: str, start: tuple[float, float], end: tuple[float, float]) -> str:
-    x1, y1, x2, y2 = start[0], start[1] + _HEIGHT / 2, end[0], end[1] - _HEIGHT / 2 - 1
-    bend = max(14.0, (y2 - y1) / 2)
-    return (
-        f'<path class="{style}" d="M{x1:.1f} {y1:.1f}C{x1:.1f} {y1 + bend:.1f} '
-        f'{x2:.1f} {y2 - bend:.1f} {x2:.1f} {y2:.1f}"/>'
-    )
+def _arrow(style: str, points: list[tuple[float, float]]) -> str:
+    """Return a curve from the lower side of the first point to the upper one of the last."""
+    (x, y), *bends, (x_end, y_end) = points
+    y += _HEIGHT / 2
+    path = f"M{x:.1f} {y:.1f}"
+    for x2, y2 in [*bends, (x_end, y_end - _HEIGHT / 2 - 1)]:
+        bend = max(14.0, (y2 - y) / 2)
+        path += f"C{x:.1f} {y + bend:.1f} {x2:.1f} {y2 - bend:.1f} {x2:.1f} {y2:.1f}"
+        x, y = x2, y2
+    return f'<path class="{style}" d="{path}"/>'
