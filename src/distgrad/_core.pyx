@@ -14,7 +14,7 @@ from distgrad.graph._engine cimport GraphTask, seed_of
 from distgrad.graph._gradient cimport store_gradient
 from distgrad.graph._node cimport (
     FUNCTIONS, OPS, Hooks, Node, Op, TensorBase, add_hook, binary, call_op, grad_enabled,
-    hooks_of, is_inexact, mark_written, no_rule, share_storage, unwrap, unwrap_index, wrap,
+    hooks_of, is_inexact, mark_written, no_rule, share_storage, unary, unwrap, unwrap_index, wrap,
     wrap_outputs, write_item, write_operator,
 )
 
@@ -75,7 +75,10 @@ cdef object call_ufunc(object ufunc, str method, tuple inputs, dict kwargs):
     cdef Op op = OPS.get(ufunc)
     if method == "__call__" and not kwargs:
         if op is not None:
-            return call_op(op, inputs, None)
+            if len(inputs) == 1:
+                return unary(op, <TensorBase?>inputs[0])
+            result = binary(op, inputs[0], inputs[1]) if len(inputs) == 2 else NotImplemented
+            return call_op(op, inputs, None) if result is NotImplemented else result
         return call_function(ufunc, inputs, kwargs)
     special = FUNCTIONS.get((ufunc, method))
     if special is None:
@@ -508,16 +511,16 @@ cdef class Tensor(TensorBase):
         return binary(BITWISE_XOR, other, self)
 
     def __invert__(self):
-        return call_op(INVERT, (self,), None)
+        return unary(INVERT, self)
 
     def __neg__(self):
-        return call_op(NEGATIVE, (self,), None)
+        return unary(NEGATIVE, self)
 
     def __pos__(self):
         return self
 
     def __abs__(self):
-        return call_op(ABSOLUTE, (self,), None)
+        return unary(ABSOLUTE, self)
 
     def __richcmp__(self, other, int comparison):
         return binary(<Op>COMPARISONS[comparison], self, other)

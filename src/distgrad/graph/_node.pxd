@@ -141,6 +141,8 @@ cdef object unwrap_constant(Op op, object value)
 cdef object wrap_outputs(object result, tuple args)
 cdef int record(Op op, tuple args, dict kwargs, object outputs) except -1
 cdef int attach_output(TensorBase output, OpNode node, int slot) except -1
+cdef object unary(Op op, TensorBase x)
+cdef int finish(OpNode node, TensorBase output, unsigned int mask) except -1
 cdef object binary(Op op, object a, object b)
 cdef int record_binary(Op op, object a, object b, TensorBase output) except -1
 cdef Storage storage_of(TensorBase tensor)

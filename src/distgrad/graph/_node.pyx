@@ -14,7 +14,7 @@ from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
 
 from distgrad.graph._kernels cimport (
     ADD, DIVIDE, EXP, MULTIPLY, NEGATIVE, RELU, SIGMOID, SQRT, SQUARE, SUBTRACT, TANH, Kernel,
-    small_binary,
+    small_binary, small_negative,
 )
 
 import operator
@@ -610,7 +610,10 @@ cdef object call_op(Op op, tuple args, dict kwargs):
             value = tensor.array
         values.append(value)
     if kwargs:
-        kwargs = {key: unwrap_constant(op, value) for key, value in kwargs.items()}
+        for value in kwargs.values():
+            if isinstance(value, TensorBase):
+                kwargs = {key: unwrap_constant(op, value) for key, value in kwargs.items()}
+                break
     result = PyObject_Call(op.function, tuple(values), <PyObject *>kwargs if kwargs else NULL)
     if plain:
         return result
@@ -678,6 +681,35 @@ cdef int attach_output(TensorBase output, OpNode node, int slot) except -1:
     return 0
 
 
+cdef object unary(Op op, TensorBase x):
+    """A ufunc of one argument: `call_op` without its loops and containers."""
+    cdef OpNode node
+    cdef unsigned int mask = 0
+    cdef PyObject *value = <PyObject *>x.array
+    check_fresh(x)
+    result = small_negative(x.array) if op.kernel == NEGATIVE else None
+    if result is None:
+        result = PyObject_Vectorcall(op.function, &value, 1, NULL)
+    cdef TensorBase output = wrap(result)
+    if x.needs and op.differentiable and grad_enabled():
+        node = new_node(op, 1)
+        connect(node, x, 0, &mask)
+        if (mask & 1) or op.shapes:
+            node.args = (saved_argument(node, x, 0, mask),)
+        finish(node, output, mask)
+    return output
+
+
+cdef int finish(OpNode node, TensorBase output, unsigned int mask) except -1:
+    """Give a fresh result the node as its history."""
+    if mask & <unsigned int>NEED_ANSWER:
+        node.answer = output.array
+    node.sequence = dg_next_sequence()
+    if is_inexact(cnp.PyArray_TYPE(output.array)):
+        attach(output, node, 0)
+    return 0
+
+
 cdef object binary(Op op, object a, object b):
     """A binary operator: `call_op` without its loops and containers."""
     cdef PyObject *values[2]
@@ -726,12 +758,7 @@ cdef int record_binary(Op op, object a, object b, TensorBase output) except -1:
         connect(node, <TensorBase>b, 1, &mask)
     if (mask & 3) or op.shapes:
         node.args = (saved_argument(node, a, 0, mask), saved_argument(node, b, 1, mask))
-    if mask & <unsigned int>NEED_ANSWER:
-        node.answer = output.array
-    node.sequence = dg_next_sequence()
-    if is_inexact(cnp.PyArray_TYPE(output.array)):
-        attach(output, node, 0)
-    return 0
+    return finish(node, output, mask)
 
 
 # ---------------------------------------------------------------- in-place writes
