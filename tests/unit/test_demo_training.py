@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import os
 import re
 import subprocess
@@ -122,13 +121,6 @@ def test_demo_data_batches_take_each_image_once() -> None:
 
 
 def test_demo_without_scikit_learn_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    genuine = builtins.__import__
-
-    def refuse(name: str, *rest: Any) -> Any:
-        if name.startswith("sklearn"):
-            raise ModuleNotFoundError("No module named 'sklearn'")
-        return genuine(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(DistgradError, match=r"distgrad\[demo\]"):
         demo_data.load()
