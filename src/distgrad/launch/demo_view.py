@@ -51,7 +51,7 @@ class View:
         """Show the result and what it took."""
         calls, rate = traffic.requests / seconds, traffic.nbytes / seconds / 1e6
         self.say(f"test accuracy {accuracy:.2%} after {seconds:.1f} s of training")
-        self.say(f"  {traffic.requests:,} requests, {calls:,.0f} a second; {rate:,.1f} MB a second")
+        self.say(f"  {traffic.requests:,} calls, {calls:,.0f} a second; {rate:,.1f} MB a second")
 
     def on_pictures(self, *paths: Path) -> None:
         """Show where the pictures are."""
@@ -96,7 +96,7 @@ def new_view() -> View:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     except ImportError:
         return View()
-    console = Console(highlight=True)
+    console = Console(highlight=False, markup=False)
     columns = (BarColumn(40), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn())
     return RichView(
         console, Progress(*columns, TextColumn("{task.fields[state]}"), console=console)
