@@ -354,3 +354,17 @@ def test_world_reports_the_first_failure_with_worker_and_traceback():
     ):
         world.run(lambda rank: 1 // rank)
     assert "worker0" in "".join(caught.value.__notes__)
+
+
+def test_limits_of_config_reach_the_codec(monkeypatch):
+    monkeypatch.setattr("distgrad.config.config.max_items", 10)
+    with World(2) as world:
+
+        def send_too_many(rank):
+            with pytest.raises(SerializationError, match="10"):
+                rpc.rpc_sync(1 - rank, echo, (list(range(100)),))
+
+        world.run(send_too_many)
+    monkeypatch.undo()
+    with World(1) as world:
+        assert len(world.run(lambda rank: rpc.rpc_sync(0, echo, (list(range(100)),)))[0]) == 100

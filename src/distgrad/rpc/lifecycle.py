@@ -20,6 +20,7 @@ from distgrad.rpc.activity import (
 from distgrad.rpc.departure import Departure
 from distgrad.rpc.environment import detect
 from distgrad.rpc.options import RpcBackendOptions
+from distgrad.rpc.payload import apply_limits
 from distgrad.rpc.worker import Worker
 from distgrad.rpc.world import World
 from distgrad.transport._stream import Poller
@@ -70,6 +71,7 @@ def init_rpc(
         raise TypeError(f"cannot use rpc_backend_options={options!r}: expected RpcBackendOptions")
     place = rendezvous.find_place(options.init_method, rank, world_size, os.environ)
     name = name or detect(os.environ).name or f"worker{place.rank}"
+    apply_limits()
     meeting = rendezvous.meet(place, options)
     joining = _Joining(backend, options, meeting)
     try:

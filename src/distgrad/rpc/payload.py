@@ -13,12 +13,13 @@ import numpy as np
 
 from distgrad import _codec
 from distgrad._core import Tensor
+from distgrad.config import config
 from distgrad.rpc.options import WorkerInfo
 
 if TYPE_CHECKING:
     from distgrad.rpc.worker import Worker
 
-__all__ = ["Session", "register_type"]
+__all__ = ["Session", "apply_limits", "register_type"]
 
 
 class Session:
@@ -85,3 +86,15 @@ _codec.register_type(
 )
 
 register_type = _codec.register_type
+
+
+def apply_limits() -> None:
+    """Hand the limits of `config` to the codec of this process."""
+    _codec.configure(
+        max_depth=config.max_depth,
+        max_meta_bytes=config.max_meta_bytes,
+        max_payload_bytes=config.max_payload_bytes,
+        max_items=config.max_items,
+        max_buffers=config.max_buffers,
+        inline_array_bytes=config.inline_array_bytes,
+    )

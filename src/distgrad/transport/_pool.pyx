@@ -8,6 +8,7 @@ P3  The fields of a pool change only under the GIL, or its critical section wher
 """
 
 from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.ref cimport Py_DECREF
 from libc.stdlib cimport free
 
 from distgrad.config import config
@@ -124,6 +125,7 @@ cdef class Slab:
 
     def __getbuffer__(self, Py_buffer *view, int flags):
         PyBuffer_FillInfo(view, self, self.data, self.nbytes, 0, flags)
+        Py_DECREF(None)  # Cython's first content of view.obj, which FillInfo overwrites
 
     def __len__(self):
         return self.nbytes
