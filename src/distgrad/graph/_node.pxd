@@ -17,7 +17,7 @@ from cpython.object cimport PyObject
 from distgrad.graph._kernels cimport Kernel
 
 cdef enum:
-    NEAR_DIMS = 4       # dimensions that a Meta holds without an allocation
+    NEAR_DIMS = 3       # dimensions that a Meta holds without an allocation
     NEAR_EDGES = 2      # edges that a node holds without an allocation
     NEAR_ARGS = 8       # arguments that a rule gets without an allocation
     RUNS = 1            # Visit.needed: its rules are run
@@ -35,8 +35,7 @@ cdef struct Edge:
 cdef struct Meta:       # what a gradient slot takes: shape and dtype of a forward output
     int ndim            # -1: not known, anything is taken
     int typenum
-    cnp.npy_intp near[NEAR_DIMS]
-    cnp.npy_intp *far   # owned; used instead of near if ndim > NEAR_DIMS
+    cnp.npy_intp near[NEAR_DIMS]    # if ndim is larger, near[0] is an owned pointer instead
 
 
 cdef class Storage:     # shared by all tensors over one piece of memory, made on demand
@@ -50,6 +49,7 @@ cdef class Hooks:       # callbacks of a node or of a leaf, made on demand
     cdef list before    # callbacks (output gradients)
     cdef list after     # callbacks (input gradients, output gradients)
     cdef list stored    # leaf only: callbacks (leaf) after .grad was written
+    cdef dict notes     # Node.metadata
     cdef dict retained  # slot -> weak reference to the tensor that wants its .grad
 
 
@@ -90,7 +90,6 @@ cdef class Node:
     cdef int n_slots
     cdef unsigned long long sequence    # order of creation (invariant 1)
     cdef Hooks hooks
-    cdef dict notes                 # .metadata
     cdef public bint boundary       # never applied, handed out by GraphTask.run
     cdef Edge near_edges[NEAR_EDGES]
     cdef Meta near_slot
@@ -156,7 +155,7 @@ cdef object unwrap_index(object index)
 
 
 cdef inline cnp.npy_intp *meta_dims(Meta *meta) noexcept:
-    return meta.far if meta.ndim > NEAR_DIMS else meta.near
+    return <cnp.npy_intp *>meta.near[0] if meta.ndim > NEAR_DIMS else meta.near
 
 
 cdef inline bint same_meta(Meta *meta, cnp.ndarray array) noexcept:

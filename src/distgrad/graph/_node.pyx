@@ -97,14 +97,23 @@ cdef bint grad_enabled() except -1:
 
 # ---------------------------------------------------------------- what a slot takes
 
+cdef inline void forget(Meta *meta) noexcept:
+    if meta.ndim > NEAR_DIMS:
+        PyMem_Free(meta_dims(meta))
+    meta.ndim = -1
+
+
 cdef int describe(Meta *meta, cnp.ndarray array) except -1:
     cdef int i, ndim = cnp.PyArray_NDIM(array)
+    cdef void *far
+    forget(meta)
+    if ndim > NEAR_DIMS:
+        far = PyMem_Malloc(ndim * sizeof(cnp.npy_intp))
+        if far == NULL:
+            raise MemoryError()
+        meta.near[0] = <cnp.npy_intp>far
     meta.ndim = ndim
     meta.typenum = cnp.PyArray_TYPE(array)
-    if ndim > NEAR_DIMS and meta.far == NULL:
-        meta.far = <cnp.npy_intp *>PyMem_Malloc(cnp.NPY_MAXDIMS * 2 * sizeof(cnp.npy_intp))
-        if meta.far == NULL:
-            raise MemoryError()
     cdef cnp.npy_intp *dims = meta_dims(meta)
     for i in range(ndim):
         dims[i] = cnp.PyArray_DIM(array, i)
@@ -160,6 +169,7 @@ cdef class Hooks:
         self.after = []
         self.stored = []
         self.retained = {}
+        self.notes = {}
 
 
 class RemovableHandle:
@@ -220,7 +230,7 @@ cdef class Node:
         for i in range(self.n_edges):
             dg_release(self.edges[i].node)
         for i in range(self.n_slots):
-            PyMem_Free(self.slots[i].far)
+            forget(&self.slots[i])
         if self.edges != self.near_edges:
             PyMem_Free(self.edges)
         if self.slots != &self.near_slot:
@@ -261,9 +271,7 @@ cdef class Node:
     @property
     def metadata(self):
         """A dictionary for whatever the user wants to remember with this node."""
-        if self.notes is None:
-            self.notes = {}
-        return self.notes
+        return hooks_of(self).notes
 
     def register_hook(self, hook):
         """Call ``hook(input_grads, output_grads)`` after the node ran.
