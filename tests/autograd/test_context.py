@@ -221,7 +221,7 @@ def test_tombstones_forget_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(25):
         stones.add(number)
     assert [n for n in range(25) if n in stones] == list(range(15, 25))
-    monkeypatch.setattr(config, "tombstone_s", -1.0)
+    monkeypatch.setattr(config, "tombstone_s", 0.0)
     stones.add(25)
     assert [n for n in range(26) if n in stones] == [25]
 

@@ -15,7 +15,7 @@ from distgrad._core import GraphTask, Tensor
 from distgrad.autograd.context import ContextPart, DistAutogradContext, current
 from distgrad.autograd.part import Part, Run
 from distgrad.autograd.roots import failure, seeds
-from distgrad.autograd.terms import INTO_GRAD, LATE, RETAIN, Message, State, worker_of
+from distgrad.autograd.terms import COMPLETE, INTO_GRAD, LATE, RETAIN, Message, worker_of
 from distgrad.autograd.tombstones import Tombstones
 from distgrad.errors import ContextError, RpcTimeoutError, TransportError
 from distgrad.message import CleanupContext, JoinContext, PassAbort
@@ -248,7 +248,7 @@ class Engine:
         runs = [run for part in list(self.parts.values()) for run in part.table.passes.values()]
         return {
             "autograd.contexts": len(self.parts),
-            "autograd.passes": sum(run.state is not State.COMPLETE for run in runs),
+            "autograd.passes": sum(run.state is not COMPLETE for run in runs),
             "autograd.sends": sum(len(part.sends) for part in list(self.parts.values())),
             "autograd.recvs": sum(len(part.recvs) for part in list(self.parts.values())),
         }

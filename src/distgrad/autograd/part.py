@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from distgrad.autograd.pass_table import PassTable
 from distgrad.autograd.protocol import BackwardPass
-from distgrad.autograd.terms import Boundary, Graph, Message, State
+from distgrad.autograd.terms import COMPLETE, FAILED, OVER, Boundary, Graph, Message
 from distgrad.message import PassAbort
 
 __all__ = ["Host", "Part", "Run"]
@@ -190,11 +190,11 @@ class Part:
             self.released = True
             self.sends, self.recvs = {}, {}
             for run in self.table.passes.values():
-                if run.busy or run.state is not State.COMPLETE or run.root == run.worker:
+                if run.busy or run.state is not COMPLETE or run.root == run.worker:
                     self._queue(run, self._leave)
 
     def _leave(self, run: Run) -> None:
-        if run.state is not State.OVER and run.state is not State.FAILED:
+        if run.state is not OVER and run.state is not FAILED:
             run.error = self.host.missing(self.context_id)
             run.on_released(self.host.describe(run.pass_id, run.error, ""))
 
@@ -218,7 +218,7 @@ class Part:
             with self.lock:
                 events, run.events = run.events, []
                 if run.begun and not events:
-                    over = run.state is State.OVER or run.state is State.FAILED
+                    over = run.state is OVER or run.state is FAILED
                     if over:
                         self.table.close(run)
                     run.busy = False
@@ -248,7 +248,7 @@ class Part:
             method(run, *args)
         outbox = run.advance()
         for to, message in outbox:
-            if run.state is State.FAILED:
+            if run.state is FAILED:
                 self._post(to, message)
             else:
                 self.host.post(self, to, message)

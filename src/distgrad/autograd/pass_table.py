@@ -14,13 +14,14 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from distgrad.autograd.protocol import BackwardPass
-from distgrad.autograd.terms import LATE, Message, State, last_word
+from distgrad.autograd.terms import LATE, OVER, Message, last_word
 from distgrad.message import PassAbort, PassBegin, PassComplete, PassEnd, PropagateGradients
 
 __all__ = ["PassTable"]
 
 P = TypeVar("P", bound=BackwardPass)
 
+_OPENING = (PassBegin, PropagateGradients)
 _REMEMBERED = 1024  # passes of one context that are over; the oldest are forgotten first
 
 
@@ -63,7 +64,7 @@ class PassTable(Generic[P]):
         known = self.passes.get(pass_id)
         if known is not None or pass_id in self._over:
             return known
-        if isinstance(message, PassBegin | PropagateGradients):
+        if isinstance(message, _OPENING):
             if not message.flags & LATE:
                 return self.open(pass_id, message.flags)
             assert isinstance(message, PropagateGradients)
@@ -78,13 +79,13 @@ class PassTable(Generic[P]):
 
     def early(self, pass_id: int) -> list[int]:
         """Return, once, the sends for which late nones came before the pass was opened."""
-        return self._early.pop(pass_id, [])
+        return self._early.pop(pass_id, []) if self._early else []
 
     def close(self, finished: P) -> None:
         """Stop to know a pass that is over or failed; at the root, owe all others the end."""
         self.passes.pop(finished.pass_id, None)
         self._remember(finished.pass_id, finished.cause)
-        if finished.closure is not None and finished.state is State.OVER:
+        if finished.closure is not None and finished.state is OVER:
             for peer in finished.closure.workers():
                 if peer != self.worker:
                     self._owed.setdefault(peer, []).append(PassEnd(finished.pass_id))
@@ -99,11 +100,14 @@ class PassTable(Generic[P]):
 
     def all_ends(self) -> list[tuple[int, PassEnd]]:
         """Return, once, all ends that were not sent yet, with their receivers."""
+        if not self._owed:
+            return []
         owed, self._owed = self._owed, {}
         return [(peer, end) for peer, ends in owed.items() for end in ends]
 
     def _remember(self, pass_id: int, cause: PassAbort | None) -> None:
-        self._early.pop(pass_id, None)
+        if self._early:
+            self._early.pop(pass_id, None)
         self._over[pass_id] = cause
         if len(self._over) > _REMEMBERED:
             del self._over[next(iter(self._over))]

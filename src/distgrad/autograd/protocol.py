@@ -23,7 +23,12 @@ from typing import Any
 
 from distgrad.autograd.closure import Closure
 from distgrad.autograd.terms import (
+    COMPLETE,
+    FAILED,
     LATE,
+    NEW,
+    OVER,
+    RUNNING,
     Boundary,
     Gradients,
     Graph,
@@ -103,7 +108,7 @@ class BackwardPass:
         self.pass_id = pass_id
         self.flags = flags
         self.root = worker_of(pass_id)
-        self.state = State.NEW
+        self.state: State = NEW
         self.closure = Closure(worker) if self.root == worker else None
         self.cause: PassAbort | None = None
         self.graph: Graph | None = None
@@ -149,20 +154,23 @@ class BackwardPass:
         early
             Ids of sends for which a late recv was answered before this worker began.
         """
-        self.state = State.RUNNING
+        self.state = RUNNING
         self._sends, self._recvs, self._lost = sends, recvs, lost
-        self._peers.update(node.peer for node in sends.values())
-        self._peers.update(node.peer for node in recvs.values())
-        self._peers.discard(self.worker)
+        peers = self._peers
+        for node in sends.values():
+            peers.add(node.peer)
+        for node in recvs.values():
+            peers.add(node.peer)
+        peers.discard(self.worker)
         if lost:
-            self._excluded = self._peers.intersection(lost)
-            self._peers -= self._excluded
+            self._excluded = peers.intersection(lost)
+            peers -= self._excluded
         if self.root in lost:
             raise _lost(self.root)
         self._unresolved = dict(sends)
-        self.graph = build()
+        graph = self.graph = build()
         for node in recvs.values():
-            if not self.graph.reaches(node):
+            if not graph.reaches(node):
                 self._tell(node, None)
         for message_id in early:
             self._resolve(message_id, None)
@@ -174,7 +182,8 @@ class BackwardPass:
 
     def handle(self, sender: int, message: Message) -> None:
         """Take in a message of this pass."""
-        if self.state is State.OVER or self.state is State.FAILED:
+        state = self.state
+        if state is OVER or state is FAILED:
             answer = last_word(message, self.cause)
             if answer is not None:
                 self._outbox.append((sender, answer))
@@ -203,9 +212,9 @@ class BackwardPass:
                 self.on_recorded(message_id, sender)
 
     def _on_end(self) -> None:
-        if self.state is not State.COMPLETE:
+        if self.state is not COMPLETE:
             raise ProtocolError("cannot end a pass: this worker is not complete")
-        self.state = State.OVER
+        self.state = OVER
 
     def on_recorded(self, message_id: int, peer: int) -> None:
         """Answer none for a recv that is not in the snapshot, once."""
@@ -232,8 +241,8 @@ class BackwardPass:
 
     def on_released(self, cause: PassAbort) -> None:
         """Leave a pass because the context is finished here; fail unless this part is done."""
-        if self.state is State.COMPLETE and self.closure is None:
-            self.state = State.OVER
+        if self.state is COMPLETE and self.closure is None:
+            self.state = OVER
         else:
             self.fail(cause)
 
@@ -255,9 +264,9 @@ class BackwardPass:
         sender
             The worker that told us, or is lost; it is not told.
         """
-        if self.state is State.OVER or self.state is State.FAILED:
+        if self.state is OVER or self.state is FAILED:
             return
-        self.state = State.FAILED
+        self.state = FAILED
         self.cause = cause
         tell = self._peers | (self.closure.workers() if self.closure else {self.root})
         tell -= {self.worker, sender, *self._lost}
@@ -268,9 +277,9 @@ class BackwardPass:
 
     def advance(self) -> list[tuple[int, Message]]:
         """Run what is ready and return the messages to send, with their receivers."""
-        if self.state is State.RUNNING:
+        if self.state is RUNNING:
             self._sweep()
-        if self.state is State.RUNNING or self.state is State.COMPLETE:
+        if self.state is RUNNING or self.state is COMPLETE:
             self._flush()
         outbox, self._outbox = self._outbox, []
         return outbox
@@ -348,12 +357,12 @@ class BackwardPass:
 
     def _report(self) -> tuple[int, ...] | None:
         """Complete this worker's part if that is possible now; return the report to send."""
-        if self.state is State.COMPLETE or self._unresolved:
+        if self.state is COMPLETE or self._unresolved:
             return None
         assert self.graph is not None
         if not self.graph.done:
             return None
-        self.state = State.COMPLETE
+        self.state = COMPLETE
         self._drop_graph()
         peers = tuple(sorted(self._peers)) + tuple(~worker for worker in self._excluded)
         if self.closure is None:
@@ -373,9 +382,9 @@ class BackwardPass:
         closure.report(sender, peers)
         if self._lost:
             _refuse(closure.reached.intersection(self._lost))
-        if self.state is State.COMPLETE and not closure.missing:
+        if self.state is COMPLETE and not closure.missing:
             _refuse(closure.left_out())
-            self.state = State.OVER
+            self.state = OVER
 
 
 def _refuse(lost: Iterable[int]) -> None:

@@ -9,9 +9,14 @@ from typing import Any, Protocol
 from distgrad.message import PassAbort, PassBegin, PassComplete, PassEnd, PropagateGradients
 
 __all__ = [
+    "COMPLETE",
+    "FAILED",
     "INTO_GRAD",
     "LATE",
+    "NEW",
+    "OVER",
     "RETAIN",
+    "RUNNING",
     "Boundary",
     "Gradients",
     "Graph",
@@ -73,13 +78,19 @@ class State(Enum):
     FAILED = "failed"
 
 
+# The members as names: looking them up on the class is slow.
+NEW, RUNNING, COMPLETE, OVER, FAILED = State
+
+_CLOSING = (PassAbort, PassEnd)
+
+
 def last_word(message: Message, cause: PassAbort | None) -> PassAbort | PassEnd | None:
     """Return what the sender of a message must hear if the pass is over, or None.
 
     Whoever reports to the root waits for its word; whoever takes part in a pass that failed
     may have joined too late to be told by others.
     """
-    if isinstance(message, PassAbort | PassEnd) or getattr(message, "flags", 0) & LATE:
+    if isinstance(message, _CLOSING) or getattr(message, "flags", 0) & LATE:
         return None
     reports = getattr(message, "complete", None) is not None
     return cause or (PassEnd(message.pass_id) if reports else None)

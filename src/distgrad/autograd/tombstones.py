@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 
 from distgrad.config import config
 
@@ -19,21 +20,23 @@ class Tombstones:
     Not locked: the caller serialises `add`.
     """
 
-    __slots__ = ("_times",)
+    __slots__ = ("_order", "_times")
 
     def __init__(self) -> None:
         self._times: dict[int, float] = {}
+        self._order: deque[int] = deque()  # oldest first
 
     def add(self, identifier: int) -> None:
         """Remember an id, and forget what is too old."""
-        now = time.monotonic()
-        times = self._times
-        times[identifier] = now
-        while len(times) > 1:
-            oldest = next(iter(times))
-            if len(times) <= _MOST and times[oldest] >= now - config.tombstone_s:
+        times, order = self._times, self._order
+        if identifier in times:
+            return
+        now = times[identifier] = time.monotonic()
+        order.append(identifier)
+        while len(order) > _MOST or times[order[0]] < now - config.tombstone_s:
+            del times[order.popleft()]
+            if not order:
                 return
-            del times[oldest]
 
     def __contains__(self, identifier: int) -> bool:
         return identifier in self._times
