@@ -126,7 +126,7 @@ class HalfOpen:
         except BlockingIOError:
             return False
         if not data:
-            raise AuthenticationError("cannot authenticate the peer: it went away")
+            raise TransportError("cannot authenticate the peer: it went away")
         message = self._reader.add(data)
         return message is not None and self._answer(message)
 

@@ -215,7 +215,9 @@ class StreamListener(Listener):
 
         def failed(error: Exception) -> None:
             self._forget(half_open)
-            _log.warning("%s: refused a connection: %s", self.address, error)
+            # Looking whether somebody listens is no offence, and `tidy` does it.
+            level = logging.WARNING if isinstance(error, AuthenticationError) else logging.DEBUG
+            _log.log(level, "%s: refused a connection: %s", self.address, error)
 
         half_open = HalfOpen(
             sock, self._poller, handshake, config.handshake_timeout, finished, failed
