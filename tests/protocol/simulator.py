@@ -309,7 +309,8 @@ class World:
         self.passes: dict[int, Pass] = {}
         self.messages: Counter[str] = Counter()
         self.programs: dict[Any, Site] = {}  # that have not ended
-        self.undecodable = 0.0
+        self.undecodable = 0.0  # chance of a call
+        self.duplicated = 0.0  # chance of a message of a pass
 
     def count(self, message: Message) -> None:
         self.messages[type(message).__name__] += 1
@@ -390,8 +391,10 @@ class World:
         site = self.sites[target]
         if not site.alive or (source in site.lost):
             return
+        twice = frame[0] == "pass" and self.rng.random() < self.duplicated
         try:
-            site.receive(source, frame)
+            for _ in range(1 + twice):
+                site.receive(source, frame)
         except WorkerLostError:
             return  # an answer to a worker that is gone
 

@@ -32,6 +32,7 @@ class Chances:
     overlap: float = 0.3  # do not wait for a pass before going on
     consume: float = 0.0  # run a pass without retain
     inner: float = 0.1  # start a pass inside a served function
+    duplicated: float = 0.0  # a message of a pass arrives twice
 
 
 class Scenario:
@@ -42,6 +43,7 @@ class Scenario:
         self.chances = chances
         self.world = World(self.rng.randint(2, 6), seed, self.serve)
         self.world.undecodable = chances.undecodable
+        self.world.duplicated = chances.duplicated
         self.started: list[Pass] = []
         self.budget = self.rng.randint(3, 40)  # operations
         self.leaves = 0
@@ -204,10 +206,11 @@ SETTINGS = {
     "calm": Chances(),
     "failed calls": Chances(timeout=0.3, undecodable=0.1, raises=0.2),
     "broken rules": Chances(breaks=0.05, timeout=0.1),
+    "doubled messages": Chances(timeout=0.1, raises=0.1, duplicated=0.3),
     "consumed graphs": Chances(consume=0.4, overlap=0.6),
     "early release": Chances(release=0.01, timeout=0.1, overlap=0.5),
     "dying workers": Chances(kill=0.01, timeout=0.2, raises=0.1, overlap=0.5),
-    "everything": Chances(0.02, 0.2, 0.05, 0.1, 0.1, 0.1, 0.003, 0.003, 0.5, 0.1, 0.2),
+    "everything": Chances(0.02, 0.2, 0.05, 0.1, 0.1, 0.1, 0.003, 0.003, 0.5, 0.1, 0.2, 0.1),
 }
 
 

@@ -22,7 +22,7 @@ __all__ = ["PassTable"]
 P = TypeVar("P", bound=BackwardPass)
 
 _OPENING = (PassBegin, PropagateGradients)
-_REMEMBERED = 1024  # passes of one context that are over; the oldest are forgotten first
+_REMEMBERED = 512  # passes of one context that are over, at least; the newest
 
 
 class PassTable(Generic[P]):
@@ -109,5 +109,6 @@ class PassTable(Generic[P]):
         if self._early:
             self._early.pop(pass_id, None)
         self._over[pass_id] = cause
-        if len(self._over) > _REMEMBERED:
-            del self._over[next(iter(self._over))]
+        if len(self._over) > 2 * _REMEMBERED:
+            for oldest in list(self._over)[:_REMEMBERED]:
+                del self._over[oldest]

@@ -38,13 +38,7 @@ from distgrad.autograd.terms import (
     worker_of,
 )
 from distgrad.errors import GraphError, ProtocolError, WorkerLostError
-from distgrad.message import (
-    PassAbort,
-    PassBegin,
-    PassComplete,
-    PassEnd,
-    PropagateGradients,
-)
+from distgrad.message import PassAbort, PassBegin, PassComplete, PassEnd, PropagateGradients
 
 __all__ = ["BackwardPass"]
 
@@ -52,10 +46,10 @@ __all__ = ["BackwardPass"]
 class BackwardPass:
     """One worker's part of one pass.
 
-    The driver calls `begin` once, then any of the ``on_…`` methods as events come, and
-    `advance` after every batch of them; `advance` returns the messages to send. Calls must
-    not overlap. An exception from any of these is a failure of the pass: the driver
-    describes it and calls `fail`.
+    The driver calls `begin` once, then `handle` and the ``on_…`` methods as events come, and
+    `advance` after every batch of them, which returns the messages to send. Calls must not
+    overlap. An exception from any of them is a failure of the pass: the driver describes it
+    and calls `fail`.
 
     Parameters
     ----------
@@ -120,7 +114,7 @@ class BackwardPass:
         self._heard: set[int] = set()
         self._unresolved: dict[int, Boundary] = {}
         self._answered: set[int] = set()  # recvs outside the snapshot that were told none
-        self._uncertain: dict[int, list[int]] = {}  # by peer: sends to ask about
+        self._uncertain: dict[int, list[int]] = {}  # by peer: sends a begin asks about
         self._entries: dict[int, list[tuple[int, Gradients]]] = {}  # by peer: what to tell
         self._late: dict[int, list[tuple[int, Gradients]]] = {}  # the same, for late recvs
         self._own: list[tuple[int, Gradients]] = []  # the same, for this worker itself
@@ -297,22 +291,25 @@ class BackwardPass:
                 self._resolve(message_id, grads)
 
     def _flush(self) -> None:
-        silent = () if self._announced else self._peers - self._heard - self._entries.keys()
-        self._announced = True
-        report = self._report()
+        if not self._announced:
+            self._announced = True
+            for peer in self._peers - self._heard:
+                if peer not in self._entries:
+                    self._uncertain.setdefault(peer, [])  # a bare begin
         if self._late:
             self._flush_late()
+        report = self._report()
         for peer, entries in self._entries.items():
             complete = report if peer == self.root else None
             self._send(peer, PropagateGradients, tuple(entries), complete)
         if report is not None and self.root not in self._entries:
             self._outbox.append((self.root, PassComplete(self.pass_id, report)))
-        for peer in sorted({*silent, *self._uncertain}):
-            self._send(peer, PassBegin, tuple(self._uncertain.get(peer, ())))
+        if self._uncertain:
+            for peer in sorted(self._uncertain):
+                self._send(peer, PassBegin, tuple(self._uncertain[peer]))
+            self._uncertain = {}
         if self._entries:
             self._entries = {}
-        if self._uncertain:
-            self._uncertain = {}
 
     def _flush_late(self) -> None:
         late, self._late = self._late, {}
@@ -364,7 +361,9 @@ class BackwardPass:
             return None
         self.state = COMPLETE
         self._drop_graph()
-        peers = tuple(sorted(self._peers)) + tuple(~worker for worker in self._excluded)
+        peers = tuple(sorted(self._peers))
+        if self._excluded:
+            peers += tuple(~worker for worker in self._excluded)
         if self.closure is None:
             return peers
         self._on_report(self.worker, peers)
