@@ -24,7 +24,11 @@ LAYERS: list[list[set[str]]] = [
 ]
 # Layer 3 reaches down only where its purpose needs it.
 CODEC = {"_codec", "wire"}
-BLIND = {"ops": CODEC, "message": CODEC | {"_core", "graph"}, "transport": {"_core", "graph", "wire"}}
+BLIND = {
+    "ops": CODEC,
+    "message": CODEC | {"_core", "graph"},
+    "transport": {"_core", "graph", "wire"},
+}
 # The package's own faces import from all layers; the highest layer uses them as users do.
 TOP = {"__init__", "__main__"}
 # Upward communication is by registration. These two name upper layers, as text: the one
