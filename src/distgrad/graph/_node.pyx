@@ -268,6 +268,10 @@ cdef class Node:
     def num_inputs(self):
         return self.n_slots
 
+    def _sequence_nr(self):
+        """Order of creation: larger than that of all nodes this one leads to."""
+        return self.sequence
+
     @property
     def metadata(self):
         """A dictionary for whatever the user wants to remember with this node."""
