@@ -5,10 +5,14 @@ from __future__ import annotations
 from harness import Case, System, main
 
 CASES = [
+    Case("chain_40_plain", "40 operations on float64[4], forward without grad"),
     Case("chain_40_forward", "40 operations on float64[4], forward"),
     Case("chain_40", "40 operations on float64[4], forward and backward"),
+    Case("scalar_40", "40 operations on float64[], forward and backward"),
     Case("fan", "fan-out to 64 and in again, float64[4], forward and backward"),
-    Case("mlp_step", "training step of a 64-128-128-10 network, batch of 64, float32"),
+    Case("fan_10000", "fan-out and fan-in of 10 000 nodes, float64[4], forward and backward"),
+    Case("matmul_relu_sum", "sum(relu(a @ b)), float32[64, 64], forward and backward"),
+    Case("mlp_step", "training step of a 64-128-10 network, batch of 32, float32"),
 ]
 SYSTEMS = [
     System("distgrad", ["graph_distgrad.py"]),

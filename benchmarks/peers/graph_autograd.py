@@ -16,17 +16,31 @@ class AutogradGraphs(measure.Peer):
 
         self.version = version("autograd")
         self.x = np.ones(4)
+        self.scalar = 1.0
+        self.pair = graphs.square_pair()
         self.weights = graphs.mlp_weights()
         self.images, self.labels = graphs.mlp_batch()
         self.chain = autograd.grad(lambda x: anp.sum(graphs.chain_40(anp, x)))
         self.fan = autograd.grad(lambda x: anp.sum(graphs.fan(x)))
+        self.scalar_chain = autograd.grad(lambda x: graphs.chain_40(anp, x))
+        self.wide_fan = autograd.grad(lambda x: anp.sum(graphs.fan(x, graphs.WIDE_FAN)))
+        self.product = autograd.grad(lambda pair: anp.sum(anp.maximum(pair[0] @ pair[1], 0)))
         self.mlp = autograd.grad(lambda *parameters: graphs.mlp_loss(anp, *parameters))
 
     def time_chain_40(self) -> None:
         self.chain(self.x)
 
+    def time_scalar_40(self) -> None:
+        self.scalar_chain(self.scalar)
+
     def time_fan(self) -> None:
         self.fan(self.x)
+
+    def time_fan_10000(self) -> None:
+        self.wide_fan(self.x)
+
+    def time_matmul_relu_sum(self) -> None:
+        self.product(self.pair)
 
     def time_mlp_step(self) -> None:
         gradients = self.mlp(self.weights, self.images, self.labels)

@@ -7,14 +7,21 @@ import measure
 import numpy as np
 
 import distgrad as dg
+from distgrad.ops.nn import relu
 
 
 class DistgradGraphs(measure.Peer):
     def __init__(self) -> None:
         self.version = dg.__version__
         self.x = dg.tensor(np.ones(4), requires_grad=True)
+        self.scalar = dg.tensor(np.ones(()), requires_grad=True)
+        self.pair = [dg.tensor(matrix, requires_grad=True) for matrix in graphs.square_pair()]
         self.weights = [dg.tensor(weight, requires_grad=True) for weight in graphs.mlp_weights()]
         self.images, self.labels = map(dg.tensor, graphs.mlp_batch())
+
+    def time_chain_40_plain(self) -> None:
+        with dg.no_grad():
+            graphs.chain_40(np, self.x)
 
     def time_chain_40_forward(self) -> None:
         graphs.chain_40(np, self.x)
@@ -23,9 +30,22 @@ class DistgradGraphs(measure.Peer):
         graphs.chain_40(np, self.x).sum().backward()
         self.x.grad = None
 
+    def time_scalar_40(self) -> None:
+        graphs.chain_40(np, self.scalar).backward()
+        self.scalar.grad = None
+
     def time_fan(self) -> None:
         graphs.fan(self.x).sum().backward()
         self.x.grad = None
+
+    def time_fan_10000(self) -> None:
+        graphs.fan(self.x, graphs.WIDE_FAN).sum().backward()
+        self.x.grad = None
+
+    def time_matmul_relu_sum(self) -> None:
+        first, second = self.pair
+        relu(first @ second).sum().backward()
+        first.grad = second.grad = None
 
     def time_mlp_step(self) -> None:
         graphs.mlp_loss(np, self.weights, self.images, self.labels).backward()

@@ -11,8 +11,12 @@ class NumpyGraphs(measure.Peer):
     def __init__(self) -> None:
         self.version = np.__version__
         self.x = np.ones(4)
+        self.pair = graphs.square_pair()
         self.weights = graphs.mlp_weights()
         self.images, self.labels = graphs.mlp_batch()
+
+    def time_chain_40_plain(self) -> None:
+        graphs.chain_40(np, self.x)
 
     def time_chain_40_forward(self) -> None:
         graphs.chain_40(np, self.x)
@@ -33,19 +37,25 @@ class NumpyGraphs(measure.Peer):
         for weight in range(graphs.FAN):
             gradient = gradient + np.ones(4) * float(weight)
 
+    def time_matmul_relu_sum(self) -> None:
+        first, second = self.pair
+        positive = np.maximum(first @ second, 0)
+        positive.sum()
+        gradient = (positive > 0).astype(np.float32)
+        gradient @ second.T
+        first.T @ gradient
+
     def time_mlp_step(self) -> None:
         images, labels = self.images, self.labels
-        first, second, third = self.weights
-        h1 = np.tanh(images @ first)
-        h2 = np.tanh(h1 @ second)
-        scores = h2 @ third
+        first, second = self.weights
+        hidden = np.tanh(images @ first)
+        scores = hidden @ second
         powers = np.exp(scores)
         sums = powers.sum(1, keepdims=True)
         (np.log(sums).sum() - (scores * labels).sum()) / graphs.BATCH
-        g3 = (powers / sums - labels) / graphs.BATCH
-        g2 = (g3 @ third.T) * (1 - h2 * h2)
-        g1 = (g2 @ second.T) * (1 - h1 * h1)
-        for weight, left, right in ((third, h2, g3), (second, h1, g2), (first, images, g1)):
+        g2 = (powers / sums - labels) / graphs.BATCH
+        g1 = (g2 @ second.T) * (1 - hidden * hidden)
+        for weight, left, right in ((second, hidden, g2), (first, images, g1)):
             weight -= graphs.LEARNING_RATE * (left.T @ right)
 
 
