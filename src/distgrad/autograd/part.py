@@ -13,6 +13,7 @@ Invariants
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
@@ -214,9 +215,11 @@ class Part:
     def drain(self, run: Run) -> None:
         """Take the events of a pass until there are none; the caller has set `Run.busy`."""
         interrupt: BaseException | None = None
+        events: deque[Event] = deque()
         while True:
             with self.lock:
-                events, run.events = run.events, []
+                events += run.events
+                run.events = []
                 if run.begun and not events:
                     over = run.state is OVER or run.state is FAILED
                     if over:
@@ -240,11 +243,12 @@ class Part:
         doubted, lost = tuple(self._doubted), tuple(self.host.lost)
         return dict(self.sends), dict(self.recvs), doubted, lost, early
 
-    def _step(self, run: Run, snapshot: tuple[Any, ...] | None, events: list[Event]) -> None:
+    def _step(self, run: Run, snapshot: tuple[Any, ...] | None, events: deque[Event]) -> None:
         if snapshot is not None:
             nodes = snapshot[0].values()
             run.begin(lambda: self.host.build(self, run, nodes), *snapshot)
-        for method, args in events:
+        while events:  # what follows an event that raises is answered later
+            method, args = events.popleft()
             method(run, *args)
         outbox = run.advance()
         for to, message in outbox:
