@@ -241,9 +241,7 @@ def test_signal_interrupts_a_sleeping_poll(poller: Poller) -> None:
 
 
 @pytest.mark.usefixtures("interrupting")
-def test_signal_during_a_spin_is_noticed(
-    poller: Poller, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_signal_during_a_spin_is_noticed(poller: Poller, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "spin_us", 50_000.0)
     timer = threading.Timer(
         0.01, signal.pthread_kill, (threading.main_thread().ident, signal.SIGUSR1)

@@ -39,9 +39,7 @@ def test_threads_that_send_and_close_see_order_and_one_end_each(scheme: str, see
     pair = Pair(transport_for(scheme))
     for number in range(6):
         pair.connect(number)
-    threads = [
-        threading.Thread(target=busy, args=(pair, 10 * seed + n, 150)) for n in range(4)
-    ]
+    threads = [threading.Thread(target=busy, args=(pair, 10 * seed + n, 150)) for n in range(4)]
     with polling(pair.near), polling(pair.far):
         for thread in threads:
             thread.start()
