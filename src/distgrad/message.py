@@ -124,10 +124,9 @@ class RRefChildAccept(NamedTuple):
 
 
 class RRefUserDelete(NamedTuple):
-    """A user let go of its fork."""
+    """A user let go of forks: pairs of RRef id and fork id."""
 
-    rref_id: int
-    fork_id: int
+    forks: tuple[tuple[int, int], ...]
 
 
 class RRefBackward(NamedTuple):

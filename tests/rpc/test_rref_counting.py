@@ -328,4 +328,4 @@ def wander_in_a_process(rank: int) -> None:
 
 
 def check_own_books(rank: int) -> None:
-    wait_until(lambda: not counters())
+    wait_until(lambda: not counters(), counters)

@@ -52,8 +52,7 @@ def _on_fork_request(worker: Worker, peer: int, frame: Frame, body: Any) -> None
 
 
 def _on_user_delete(worker: Worker, peer: int, frame: Frame, body: Any) -> None:
-    rref_id, fork_id = body
-    _table_of(worker).on_user_delete(peer, rref_id, fork_id)
+    _table_of(worker).on_user_delete(peer, body[0])
 
 
 def _on_child_accept(worker: Worker, peer: int, frame: Frame, body: Any) -> None:

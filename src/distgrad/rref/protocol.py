@@ -31,11 +31,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
 
-from distgrad.message import RRefChildAccept, RRefForkRequest, RRefUserDelete
+from distgrad.message import RRefChildAccept, RRefForkRequest
 
 __all__ = [
     "Action",
     "Answer",
+    "End",
     "Fork",
     "ForkState",
     "Free",
@@ -67,7 +68,15 @@ class Send(NamedTuple):
     """Send a message to a worker. A fork request is answered; see `ReferenceCounts.settle`."""
 
     to: int
-    body: RRefForkRequest | RRefChildAccept | RRefUserDelete
+    body: RRefForkRequest | RRefChildAccept
+
+
+class End(NamedTuple):
+    """Tell the owner that a fork has ended (`RRefUserDelete`); may be sent with others."""
+
+    to: int
+    rref_id: int
+    fork_id: int
 
 
 class Answer(NamedTuple):
@@ -91,7 +100,7 @@ class Free(NamedTuple):
     value: Any
 
 
-Action = Send | Answer | Settled | Free
+Action = Send | End | Answer | Settled | Free
 
 
 @dataclass(slots=True, eq=False)
@@ -175,7 +184,7 @@ class ReferenceCounts:
             return []
         return [Answer(user, fork_id, False)]
 
-    def on_user_delete(self, user: int, rref_id: int, fork_id: int) -> list[Action]:
+    def on_end(self, user: int, rref_id: int, fork_id: int) -> list[Action]:
         """Remove a fork whose user let go of it, or whose creation failed."""
         if rref_id in self.owned:
             return self._remove_fork(rref_id, fork_id)
@@ -255,7 +264,7 @@ class ReferenceCounts:
         if not fork.origin:
             actions += self._accept(fork.parent, fork.fork_id)
         if state is ForkState.REFUSED:  # of a failed creation the owner learns only by this
-            actions.append(Send(fork.owner, RRefUserDelete(fork.rref_id, fork.fork_id)))
+            actions.append(End(fork.owner, fork.rref_id, fork.fork_id))
         return actions + self._end(fork)
 
     def on_child_accept(self, fork_id: int) -> list[Action]:
@@ -288,8 +297,7 @@ class ReferenceCounts:
         if counted and fork.children:
             return []
         del self.used[fork.fork_id]
-        body = RRefUserDelete(fork.rref_id, fork.fork_id)
-        return [Send(fork.owner, body)] if counted else []
+        return [End(fork.owner, fork.rref_id, fork.fork_id)] if counted else []
 
     # --- either ------------------------------------------------------------------------
 

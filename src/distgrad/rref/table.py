@@ -21,11 +21,12 @@ from functools import partial
 from typing import Any
 
 from distgrad.errors import DistgradError, RpcTimeoutError, TransportError, WorkerLostError
-from distgrad.message import RRefForkRequest
+from distgrad.message import RRefForkRequest, RRefUserDelete
 from distgrad.rpc import Future, Worker
 from distgrad.rref.protocol import (
     Action,
     Answer,
+    End,
     Fork,
     ForkState,
     ReferenceCounts,
@@ -82,20 +83,28 @@ class RRefTable:
             self._perform(actions)
 
     def _perform(self, actions: Iterable[Action]) -> None:
+        ended: dict[int, list[tuple[int, int]]] = {}
         for action in actions:
             match action:
+                case End(to, rref_id, fork_id):
+                    ended.setdefault(to, []).append((rref_id, fork_id))
                 case Send(to, RRefForkRequest() as body):
                     # Not a call of whatever context the polling thread happens to be in.
                     contextvars.Context().run(self._request_fork, to, body)
                 case Send(to, body):
-                    with suppress(TransportError):  # a lost worker is dealt with as a whole
-                        self.worker.post(to, body)
+                    self._post(to, body)
                 case Answer(to, fork_id, accepted):
                     if request_id := self._requests.pop(fork_id, None):
                         self.worker.agent.reply(to, request_id, accepted)
                 case Settled(fork):
                     if gate := self._confirmed.pop(fork.fork_id, None):
                         gate.set_result(None)
+        for to, forks in ended.items():
+            self._post(to, RRefUserDelete(tuple(forks)))
+
+    def _post(self, to: int, body: Any) -> None:
+        with suppress(TransportError):  # a lost worker is dealt with as a whole
+            self.worker.post(to, body)
 
     # --- owner -------------------------------------------------------------------------
 
@@ -149,9 +158,10 @@ class RRefTable:
         self._requests[fork_id] = request_id
         self._do(self._counts.on_fork_request, peer, rref_id, fork_id)
 
-    def on_user_delete(self, peer: int, rref_id: int, fork_id: int) -> None:
-        """Take in the end of a fork; runs on the polling thread."""
-        self._do(self._counts.on_user_delete, peer, rref_id, fork_id)
+    def on_user_delete(self, peer: int, forks: Iterable[tuple[int, int]]) -> None:
+        """Take in the end of forks; runs on the polling thread."""
+        for rref_id, fork_id in forks:
+            self._do(self._counts.on_end, peer, rref_id, fork_id)
 
     # --- user --------------------------------------------------------------------------
 
@@ -218,8 +228,12 @@ class RRefTable:
             self.worker.agent.tick_by(time.monotonic() + _SWEEP_S)
 
     def _sweep(self, now: float) -> float:
+        actions: list[Action] = []
         while self._dropped:
-            self._do(self._counts.drop, self._dropped.popleft())
+            with self._lock:
+                actions += self._counts.drop(self._dropped.popleft())
+        if actions:
+            self._perform(actions)
         return float("inf")
 
     def _request_fork(self, owner: int, body: RRefForkRequest) -> None:
