@@ -131,3 +131,24 @@ def test_split_over_workers_same_values_and_gradients(
     assert loss == value
     assert_same(once, expected)
     assert_same(twice, [None if g is None else 2 * g for g in expected])
+
+
+@rpc.expose
+def mix(x: Any, seed: int) -> Any:
+    weights = np.random.default_rng(seed).normal(size=(64, 64))
+    return np.tanh(x @ weights) * x
+
+
+def fan_out(rank: int) -> bytes:
+    """Send one tensor to all workers at once; its gradient is a sum of 8 contributions."""
+    x = dg.tensor(np.random.default_rng(0).normal(size=64), requires_grad=True)
+    with dist_autograd.context() as context_id:
+        calls = [rpc.rpc_async(k % WORKERS, mix, args=(x, k)) for k in range(8)]
+        loss = sum(call.wait() for call in calls).sum()
+        dist_autograd.backward(context_id, [loss], timeout=20)
+        return gradient_or_none(context_id, x).tobytes()
+
+
+def test_split_over_workers_repeats_to_the_bit(world: World) -> None:
+    """Contributions are added in the order of the graph, not of their arrival."""
+    assert len({world.run(fan_out, ranks=[0])[0] for _ in range(25)}) == 1
