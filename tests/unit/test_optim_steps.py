@@ -11,7 +11,17 @@ import pytest
 
 from distgrad._core import Tensor
 from distgrad.errors import GraphError
-from distgrad.optim import SGD, Adam, AdamW, Optimizer
+from distgrad.optim import (
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Optimizer,
+    RMSprop,
+    Rprop,
+)
 
 STEPS = 7
 Rule = Callable[..., Iterator[float]]
@@ -67,6 +77,98 @@ def adamw(p: float, gradients: list[float], lr: float, **settings: Any) -> Itera
     return adam(p, gradients, lr, **{"weight_decay": 0.01, **settings}, decoupled=True)
 
 
+def adagrad(
+    p: float,
+    gradients: list[float],
+    lr: float,
+    lr_decay: float = 0.0,
+    weight_decay: float = 0.0,
+    initial_accumulator_value: float = 0.0,
+    eps: float = 1e-10,
+) -> Iterator[float]:
+    s = initial_accumulator_value
+    for t, g in enumerate(gradients):
+        g += weight_decay * p
+        s += g**2
+        p -= lr / (1 + t * lr_decay) * g / (sqrt(s) + eps)
+        yield p
+
+
+def rmsprop(
+    p: float,
+    gradients: list[float],
+    lr: float,
+    alpha: float = 0.99,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    centered: bool = False,
+) -> Iterator[float]:
+    s = m = v = 0.0
+    for g in gradients:
+        g += weight_decay * p
+        s = alpha * s + (1 - alpha) * g**2
+        m = alpha * m + (1 - alpha) * g
+        v = momentum * v + g / (sqrt(s - m**2 if centered else s) + eps)
+        p -= lr * v
+        yield p
+
+
+def adadelta(
+    p: float,
+    gradients: list[float],
+    lr: float,
+    rho: float = 0.9,
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+) -> Iterator[float]:
+    s = u = 0.0
+    for g in gradients:
+        g += weight_decay * p
+        s = rho * s + (1 - rho) * g**2
+        d = sqrt((u + eps) / (s + eps)) * g
+        u = rho * u + (1 - rho) * d**2
+        p -= lr * d
+        yield p
+
+
+def adamax(
+    p: float,
+    gradients: list[float],
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> Iterator[float]:
+    m = u = 0.0
+    for t, g in enumerate(gradients, start=1):
+        g = (-g if maximize else g) + weight_decay * p
+        m = betas[0] * m + (1 - betas[0]) * g
+        u = max(betas[1] * u, abs(g) + eps)
+        p -= lr / (1 - betas[0] ** t) * m / u
+        yield p
+
+
+def rprop(
+    p: float,
+    gradients: list[float],
+    lr: float,
+    etas: tuple[float, float] = (0.5, 1.2),
+    step_sizes: tuple[float, float] = (1e-6, 50.0),
+) -> Iterator[float]:
+    size, before = lr, 0.0
+    for g in gradients:
+        if g * before < 0:
+            size, g = size * etas[0], 0.0
+        elif g * before > 0:
+            size *= etas[1]
+        size = min(max(size, step_sizes[0]), step_sizes[1])
+        p -= size * ((g > 0) - (g < 0))
+        before = g
+        yield p
+
+
 CASES: list[tuple[type[Optimizer], Rule, dict[str, Any]]] = [
     (SGD, sgd, {"lr": 0.1}),
     (SGD, sgd, {"lr": 0.1, "momentum": 0.9}),
@@ -79,6 +181,21 @@ CASES: list[tuple[type[Optimizer], Rule, dict[str, Any]]] = [
     (Adam, adam, {"lr": 0.05, "maximize": True}),
     (AdamW, adamw, {"lr": 0.05}),
     (AdamW, adamw, {"lr": 0.05, "weight_decay": 0.3, "amsgrad": True}),
+    (Adagrad, adagrad, {"lr": 0.1}),
+    (
+        Adagrad,
+        adagrad,
+        {"lr": 0.1, "lr_decay": 0.5, "weight_decay": 0.2, "initial_accumulator_value": 0.3},
+    ),
+    (RMSprop, rmsprop, {"lr": 0.01}),
+    (RMSprop, rmsprop, {"lr": 0.01, "alpha": 0.5, "momentum": 0.9, "weight_decay": 0.1}),
+    (RMSprop, rmsprop, {"lr": 0.01, "alpha": 0.5, "centered": True}),
+    (Adadelta, adadelta, {"lr": 1.0}),
+    (Adadelta, adadelta, {"lr": 0.5, "rho": 0.5, "eps": 1e-3, "weight_decay": 0.1}),
+    (Adamax, adamax, {"lr": 0.05}),
+    (Adamax, adamax, {"lr": 0.05, "betas": (0.5, 0.6), "weight_decay": 0.1, "maximize": True}),
+    (Rprop, rprop, {"lr": 0.1}),
+    (Rprop, rprop, {"lr": 0.1, "etas": (0.3, 3.0), "step_sizes": (0.05, 0.25)}),
 ]
 
 
@@ -103,7 +220,7 @@ def test_step_follows_the_formula(
     param, gradients = random_case(shape)
     memory = param.data
     paths = [
-        list(rule(p, [g.reshape(-1)[i] for g in gradients], **settings))
+        list(rule(p, [float(g.reshape(-1)[i]) for g in gradients], **settings))
         for i, p in enumerate(param.data.reshape(-1).tolist())
     ]
     optimizer = cls([param], **settings)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from distgrad.optim import lr_scheduler
 from distgrad.optim.adam import Adam, AdamW
+from distgrad.optim.adaptive import Adadelta, Adagrad, Adamax, RMSprop, Rprop
+from distgrad.optim.clip import clip_grad_norm_
 from distgrad.optim.optimizer import Optimizer
 from distgrad.optim.sgd import SGD
 
@@ -12,7 +15,21 @@ if TYPE_CHECKING:
     from distgrad.optim.distributed import DistributedOptimizer
     from distgrad.rpc import Worker
 
-__all__ = ["SGD", "Adam", "AdamW", "DistributedOptimizer", "Optimizer", "install"]
+__all__ = [
+    "SGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "DistributedOptimizer",
+    "Optimizer",
+    "RMSprop",
+    "Rprop",
+    "clip_grad_norm_",
+    "install",
+    "lr_scheduler",
+]
 
 
 def install(worker: Worker) -> None:

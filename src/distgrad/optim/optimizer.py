@@ -225,7 +225,7 @@ def check_at_least(low: float, **settings: float) -> None:
 def _as_groups(params: Parameters) -> list[dict[str, Any]]:
     if isinstance(params, Tensor):
         raise TypeError("cannot optimize one tensor by itself: pass a list of tensors")
-    entries = list(params)
+    entries: list[Any] = list(params)
     if not entries:
         raise ValueError("cannot make an optimizer: there are no parameters")
     if isinstance(entries[0], dict):

@@ -17,6 +17,7 @@ from distgrad import autograd
 from distgrad._core import Tensor
 from distgrad.errors import DistgradError
 from distgrad.optim.adam import Adam, AdamW
+from distgrad.optim.adaptive import Adadelta, Adagrad, Adamax, RMSprop, Rprop
 from distgrad.optim.locks import LockTable
 from distgrad.optim.optimizer import Optimizer, PreparedStep
 from distgrad.optim.sgd import SGD
@@ -25,7 +26,7 @@ from distgrad.rref import RRef
 
 __all__ = ["OptimizerPart", "StepTable"]
 
-for _optimizer in (SGD, Adam, AdamW):
+for _optimizer in (SGD, Adam, AdamW, Adagrad, RMSprop, Adadelta, Adamax, Rprop):
     expose(_optimizer)
 
 

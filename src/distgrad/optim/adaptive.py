@@ -1,0 +1,331 @@
+"""Optimizers that give every number a step size of its own: Adagrad, RMSprop, Adadelta,
+Adamax and Rprop. The two parts of complex parameters are treated as two real ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from distgrad.optim.optimizer import Array, Optimizer, Parameters, as_real, check_at_least
+
+__all__ = ["Adadelta", "Adagrad", "Adamax", "RMSprop", "Rprop"]
+
+
+class _Adaptive(Optimizer):
+    """Prepares the gradient as all these optimizers want it."""
+
+    def _update(
+        self, data: Array, gradient: Array, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        data, gradient = as_real(data), as_real(gradient)
+        if group["maximize"]:
+            gradient = -gradient
+        if group.get("weight_decay"):
+            gradient = gradient + group["weight_decay"] * data
+        state["step"] = state.get("step", 0) + 1
+        self._descend(data, gradient, state, group)
+
+    def _descend(
+        self, data: Array, gradient: Array, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        raise NotImplementedError
+
+
+def _zeros(state: dict[str, Any], name: str, like: Array) -> Array:
+    """Return an array of the state, made of zeros before the first step."""
+    if name not in state:
+        state[name] = np.zeros_like(like)
+    array: Array = state[name]
+    return array
+
+
+def _blend(mean: Array, keep: float, value: Array) -> Array:
+    """Let a running mean keep a part of itself and take the rest from ``value``."""
+    mean *= keep
+    mean += (1 - keep) * value
+    return mean
+
+
+class Adagrad(_Adaptive):
+    """Adagrad (Duchi, Hazan and Singer, 2011).
+
+    With gradient ``g``, parameter ``p`` and step number ``t``, a step is::
+
+        g <- g + weight_decay * p
+        s <- s + g**2
+        p <- p - lr / (1 + (t - 1) * lr_decay) * g / (sqrt(s) + eps)
+
+    Parameters
+    ----------
+    params
+        The parameters or parameter groups.
+    lr, lr_decay
+        The learning rate, and how fast it falls.
+    weight_decay
+        Strength of the L2 penalty.
+    initial_accumulator_value
+        Where ``s`` starts.
+    eps
+        Keeps the divisor away from zero.
+    maximize
+        Ascend instead.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 1e-2,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        settings: dict[str, Any] = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "eps": eps,
+        }
+        check_at_least(0, **settings)
+        super().__init__(params, {**settings, "maximize": maximize})
+
+    def _descend(
+        self, data: Array, gradient: Array, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        if "sum" not in state:
+            state["sum"] = np.full_like(data, group["initial_accumulator_value"])
+        state["sum"] += gradient * gradient
+        rate = group["lr"] / (1 + (state["step"] - 1) * group["lr_decay"])
+        data -= rate * gradient / (np.sqrt(state["sum"]) + group["eps"])
+
+
+class RMSprop(_Adaptive):
+    """RMSprop (Hinton, 2012), centred as in Graves (2013) on request.
+
+    With gradient ``g`` and parameter ``p``, a step is::
+
+        g <- g + weight_decay * p
+        s <- alpha * s + (1 - alpha) * g**2
+        m <- alpha * m + (1 - alpha) * g                           (if centered)
+        d <- g / (sqrt(s - m**2 if centered else s) + eps)
+        v <- momentum * v + d
+        p <- p - lr * v
+
+    Parameters
+    ----------
+    params
+        The parameters or parameter groups.
+    lr
+        The learning rate.
+    alpha
+        How much the running means keep.
+    eps
+        Keeps the divisor away from zero.
+    weight_decay
+        Strength of the L2 penalty.
+    momentum
+        How much of the velocity is kept.
+    centered
+        Divide by the deviation instead of the root of the square.
+    maximize
+        Ascend instead.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        centered: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        settings: dict[str, Any] = {
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+        }
+        check_at_least(0, **settings)
+        super().__init__(params, {**settings, "centered": centered, "maximize": maximize})
+
+    def _descend(
+        self, data: Array, gradient: Array, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        alpha = group["alpha"]
+        square = _blend(_zeros(state, "square", data), alpha, gradient * gradient)
+        if group["centered"]:
+            mean = _blend(_zeros(state, "mean", data), alpha, gradient)
+            square = square - mean * mean
+        direction = gradient / (np.sqrt(square) + group["eps"])
+        if group["momentum"]:
+            velocity = _zeros(state, "velocity", data)
+            velocity *= group["momentum"]
+            velocity += direction
+            direction = velocity
+        data -= group["lr"] * direction
+
+
+class Adadelta(_Adaptive):
+    """Adadelta (Zeiler, 2012).
+
+    With gradient ``g`` and parameter ``p``, a step is::
+
+        g <- g + weight_decay * p
+        s <- rho * s + (1 - rho) * g**2
+        d <- sqrt((u + eps) / (s + eps)) * g
+        u <- rho * u + (1 - rho) * d**2
+        p <- p - lr * d
+
+    Parameters
+    ----------
+    params
+        The parameters or parameter groups.
+    lr
+        Scales the step.
+    rho
+        How much the running means keep.
+    eps
+        Keeps the first steps away from zero.
+    weight_decay
+        Strength of the L2 penalty.
+    maximize
+        Ascend instead.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 1.0,
+        rho: float = 0.9,
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        settings: dict[str, Any] = {"lr": lr, "rho": rho, "eps": eps, "weight_decay": weight_decay}
+        check_at_least(0, **settings)
+        if rho > 1:
+            raise ValueError(f"cannot use rho={rho!r}: it must be in [0, 1]")
+        super().__init__(params, {**settings, "maximize": maximize})
+
+    def _descend(
+        self, data: Array, gradient: Array, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        rho, eps = group["rho"], group["eps"]
+        square = _blend(_zeros(state, "square", data), rho, gradient * gradient)
+        moved = _zeros(state, "moved", data)
+        delta = np.sqrt(moved + eps) / np.sqrt(square + eps) * gradient
+        _blend(moved, rho, delta * delta)
+        data -= group["lr"] * delta
+
+
+class Adamax(_Adaptive):
+    """Adamax: Adam with the maximum norm (Kingma and Ba, 2015).
+
+    With gradient ``g``, parameter ``p`` and step number ``t``, a step is::
+
+        g <- g + weight_decay * p
+        m <- beta1 * m + (1 - beta1) * g
+        u <- max(beta2 * u, abs(g) + eps)
+        p <- p - lr / (1 - beta1**t) * m / u
+
+    Parameters
+    ----------
+    params
+        The parameters or parameter groups.
+    lr
+        The learning rate.
+    betas
+        How much the mean and the norm keep.
+    eps
+        Keeps the divisor away from zero.
+    weight_decay
+        Strength of the L2 penalty.
+    maximize
+        Ascend instead.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        check_at_least(0, lr=lr, eps=eps, weight_decay=weight_decay)
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"cannot use betas={betas!r}: each must be in [0, 1)")
+        settings = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**settings, "maximize": maximize})
+
+    def _descend(
+        self, data: Array, gradient: Array, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        beta1, beta2 = group["betas"]
+        mean = _blend(_zeros(state, "mean", data), beta1, gradient)
+        norm = _zeros(state, "norm", data)
+        np.maximum(beta2 * norm, np.abs(gradient) + group["eps"], out=norm)
+        data -= group["lr"] / (1 - beta1 ** state["step"]) * mean / norm
+
+
+class Rprop(_Adaptive):
+    """Resilient propagation (Riedmiller and Braun, 1993): only signs of gradients count.
+
+    Each number has a step size, which grows while its gradient keeps the sign and shrinks
+    when the sign changes; after a change that number rests for one step.
+
+    Parameters
+    ----------
+    params
+        The parameters or parameter groups.
+    lr
+        The first step size.
+    etas
+        Factors by which step sizes shrink and grow.
+    step_sizes
+        The smallest and the largest.
+    maximize
+        Ascend instead.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 1e-2,
+        etas: tuple[float, float] = (0.5, 1.2),
+        step_sizes: tuple[float, float] = (1e-6, 50.0),
+        *,
+        maximize: bool = False,
+    ) -> None:
+        check_at_least(0, lr=lr)
+        if not 0 < etas[0] < 1 < etas[1]:
+            raise ValueError(f"cannot use etas={etas!r}: expected 0 < shrink < 1 < grow")
+        settings = {"lr": lr, "etas": tuple(etas), "step_sizes": tuple(step_sizes)}
+        super().__init__(params, {**settings, "maximize": maximize})
+
+    def _descend(
+        self, data: Array, gradient: Array, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        previous = _zeros(state, "previous", data)
+        if "size" not in state:
+            state["size"] = np.full_like(data, group["lr"])
+        agreement = gradient * previous
+        shrink, grow = group["etas"]
+        size = state["size"]
+        size *= np.where(agreement > 0, grow, np.where(agreement < 0, shrink, 1.0))
+        np.clip(size, *group["step_sizes"], out=size)
+        previous[...] = np.where(agreement < 0, 0.0, gradient)
+        data -= np.sign(previous) * size

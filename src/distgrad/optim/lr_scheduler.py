@@ -1,0 +1,314 @@
+"""Learning rates that change from step to step.
+
+A scheduler sets the settings in ``optimizer.param_groups``, so it serves local and
+distributed optimizers alike. The rate is a function of the number of steps and of the rate
+at the start; one scheduler drives an optimizer at a time.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from math import cos, inf, pi
+from typing import Any, Protocol
+
+__all__ = [
+    "CosineAnnealingLR",
+    "LRScheduler",
+    "LambdaLR",
+    "OneCycleLR",
+    "ReduceLROnPlateau",
+    "StepLR",
+]
+
+
+class HasGroups(Protocol):
+    """Anything with parameter groups."""
+
+    param_groups: list[dict[str, Any]]
+
+
+class LRScheduler(ABC):
+    """Sets the learning rates of an optimizer, now and at every `step`.
+
+    Parameters
+    ----------
+    optimizer
+        Whose ``param_groups`` are set.
+    last_epoch
+        The number of steps taken so far, -1 for a fresh start. A start further on takes
+        ``initial_lr`` of each group as the first rate.
+    """
+
+    def __init__(self, optimizer: HasGroups, last_epoch: int = -1) -> None:
+        self.optimizer = optimizer
+        self.last_epoch = max(last_epoch, 0)
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self.base_lrs = [float(group["initial_lr"]) for group in optimizer.param_groups]
+        self._apply()
+
+    @abstractmethod
+    def _settings(self, epoch: int, group: int) -> dict[str, Any]:
+        """Return what a group has after ``epoch`` steps, at least its ``lr``."""
+
+    def step(self) -> None:
+        """Go on by one; call it after the optimizer's step."""
+        self.last_epoch += 1
+        self._apply()
+
+    def get_last_lr(self) -> list[float]:
+        """Return the rates that are set now."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the scheduler stands."""
+        return {"last_epoch": self.last_epoch, "base_lrs": list(self.base_lrs)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where another scheduler stood."""
+        self.last_epoch = state_dict["last_epoch"]
+        self.base_lrs = list(state_dict["base_lrs"])
+        self._apply()
+
+    def _apply(self) -> None:
+        for number, group in enumerate(self.optimizer.param_groups):
+            group.update(self._settings(self.last_epoch, number))
+
+
+class LambdaLR(LRScheduler):
+    """Multiplies the first rate by a function of the number of steps.
+
+    Parameters
+    ----------
+    optimizer
+        Whose rates are set.
+    lr_lambda
+        One function, or one a group.
+    last_epoch
+        See `LRScheduler`.
+    """
+
+    def __init__(
+        self,
+        optimizer: HasGroups,
+        lr_lambda: Callable[[int], float] | Sequence[Callable[[int], float]],
+        last_epoch: int = -1,
+    ) -> None:
+        n = len(optimizer.param_groups)
+        self.lr_lambdas = [lr_lambda] * n if callable(lr_lambda) else list(lr_lambda)
+        if len(self.lr_lambdas) != n:
+            raise ValueError(
+                f"cannot schedule {n} parameter groups: {len(self.lr_lambdas)} functions were given"
+            )
+        super().__init__(optimizer, last_epoch)
+
+    def _settings(self, epoch: int, group: int) -> dict[str, Any]:
+        return {"lr": self.base_lrs[group] * self.lr_lambdas[group](epoch)}
+
+
+class StepLR(LRScheduler):
+    """Multiplies the rate by ``gamma`` every ``step_size`` steps."""
+
+    def __init__(
+        self, optimizer: HasGroups, step_size: int, gamma: float = 0.1, last_epoch: int = -1
+    ) -> None:
+        self.step_size, self.gamma = step_size, gamma
+        super().__init__(optimizer, last_epoch)
+
+    def _settings(self, epoch: int, group: int) -> dict[str, Any]:
+        return {"lr": self.base_lrs[group] * self.gamma ** (epoch // self.step_size)}
+
+
+class CosineAnnealingLR(LRScheduler):
+    """Lowers the rate to ``eta_min`` along half a cosine of ``T_max`` steps, and back."""
+
+    def __init__(
+        self, optimizer: HasGroups, T_max: int, eta_min: float = 0.0, last_epoch: int = -1
+    ) -> None:
+        self.T_max, self.eta_min = T_max, eta_min
+        super().__init__(optimizer, last_epoch)
+
+    def _settings(self, epoch: int, group: int) -> dict[str, Any]:
+        return {"lr": _cosine(self.base_lrs[group], self.eta_min, epoch / self.T_max)}
+
+
+class OneCycleLR(LRScheduler):
+    """Raises the rate to ``max_lr`` and lowers it far below the start (Smith, 2018).
+
+    Momentum, or the first beta of the Adam family, runs the other way.
+
+    Parameters
+    ----------
+    optimizer
+        Whose settings are set.
+    max_lr
+        The peak: one, or one a group.
+    total_steps
+        Length of the cycle; or given by ``epochs`` and ``steps_per_epoch``.
+    pct_start
+        The part of the cycle that rises.
+    anneal_strategy
+        ``"cos"`` or ``"linear"``.
+    cycle_momentum, base_momentum, max_momentum
+        Whether and between which values the momentum runs.
+    div_factor, final_div_factor
+        ``max_lr / div_factor`` is the start, and that over ``final_div_factor`` the end.
+    last_epoch
+        See `LRScheduler`.
+    """
+
+    def __init__(
+        self,
+        optimizer: HasGroups,
+        max_lr: float | Sequence[float],
+        total_steps: int | None = None,
+        epochs: int | None = None,
+        steps_per_epoch: int | None = None,
+        pct_start: float = 0.3,
+        anneal_strategy: str = "cos",
+        cycle_momentum: bool = True,
+        base_momentum: float = 0.85,
+        max_momentum: float = 0.95,
+        div_factor: float = 25.0,
+        final_div_factor: float = 1e4,
+        last_epoch: int = -1,
+    ) -> None:
+        total = total_steps if total_steps is not None else (epochs or 0) * (steps_per_epoch or 0)
+        if total < 1 or not 0 <= pct_start <= 1:
+            raise ValueError(
+                f"cannot make a cycle of {total} steps that rises for {pct_start!r} of them"
+            )
+        self._anneal = {"cos": _cosine, "linear": _line}[anneal_strategy]
+        self.total_steps = total
+        self._peak = pct_start * total - 1
+        n = len(optimizer.param_groups)
+        self._max_lrs = [max_lr] * n if isinstance(max_lr, int | float) else list(max_lr)
+        self._momenta = (max_momentum, base_momentum) if cycle_momentum else None
+        self._div_factor, self._final_div_factor = div_factor, final_div_factor
+        super().__init__(optimizer, last_epoch)
+
+    def _settings(self, epoch: int, group: int) -> dict[str, Any]:
+        if epoch > self.total_steps:
+            raise ValueError(f"cannot step: the cycle of {self.total_steps} steps is over")
+        highest = self._max_lrs[group]
+        first = highest / self._div_factor
+        settings = {"lr": self._between(epoch, first, highest, first / self._final_div_factor)}
+        if self._momenta is not None:
+            high, low = self._momenta
+            momentum = self._between(epoch, high, low, high)
+            settings |= self._with_momentum(group, momentum)
+        return settings
+
+    def _between(self, epoch: int, start: float, peak: float, end: float) -> float:
+        if epoch <= self._peak > 0:
+            return self._anneal(start, peak, epoch / self._peak)
+        return self._anneal(peak, end, (epoch - self._peak) / (self.total_steps - 1 - self._peak))
+
+    def _with_momentum(self, group: int, momentum: float) -> dict[str, Any]:
+        settings = self.optimizer.param_groups[group]
+        if "betas" in settings:
+            return {"betas": (momentum, *settings["betas"][1:])}
+        if "momentum" not in settings:
+            raise ValueError(
+                "cannot cycle the momentum: the optimizer has none; pass cycle_momentum=False"
+            )
+        return {"momentum": momentum}
+
+
+class ReduceLROnPlateau:
+    """Lowers the rate when a measured value stops improving.
+
+    Parameters
+    ----------
+    optimizer
+        Whose rates are set.
+    mode
+        ``"min"`` if lower is better, or ``"max"``.
+    factor
+        What the rate is multiplied with.
+    patience
+        How many steps without improvement are borne.
+    threshold, threshold_mode
+        What counts as improvement: a part of the best value (``"rel"``) or a difference
+        to it (``"abs"``).
+    cooldown
+        How many steps after a reduction do not count.
+    min_lr
+        The lowest rate.
+    eps
+        Smaller changes of the rate are not made.
+    """
+
+    def __init__(
+        self,
+        optimizer: HasGroups,
+        mode: str = "min",
+        factor: float = 0.1,
+        patience: int = 10,
+        threshold: float = 1e-4,
+        threshold_mode: str = "rel",
+        cooldown: int = 0,
+        min_lr: float = 0.0,
+        eps: float = 1e-8,
+    ) -> None:
+        if not 0 <= factor < 1:
+            raise ValueError(f"cannot use factor={factor!r}: it must be in [0, 1)")
+        if mode not in ("min", "max") or threshold_mode not in ("rel", "abs"):
+            raise ValueError(f"cannot use mode={mode!r} with threshold_mode={threshold_mode!r}")
+        self.optimizer = optimizer
+        self.factor, self.patience, self.cooldown = factor, patience, cooldown
+        self.min_lr, self.eps = min_lr, eps
+        self._sign = 1.0 if mode == "min" else -1.0
+        self._threshold, self._relative = threshold, threshold_mode == "rel"
+        self.best = inf  # in the sense of "min"
+        self.num_bad_epochs = 0
+        self.cooldown_counter = 0
+
+    def step(self, metrics: float) -> None:
+        """Take in a value that was measured."""
+        value = self._sign * float(metrics)
+        if self._is_better(value):
+            self.best, self.num_bad_epochs = value, 0
+        else:
+            self.num_bad_epochs += 1
+        if self.cooldown_counter > 0:
+            self.cooldown_counter -= 1
+            self.num_bad_epochs = 0
+        if self.num_bad_epochs > self.patience:
+            self._reduce()
+            self.cooldown_counter, self.num_bad_epochs = self.cooldown, 0
+
+    def get_last_lr(self) -> list[float]:
+        """Return the rates that are set now."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the scheduler stands."""
+        names = ("best", "num_bad_epochs", "cooldown_counter")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where another scheduler stood."""
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+
+    def _is_better(self, value: float) -> bool:
+        if self.best == inf:
+            return value < inf
+        margin = abs(self.best) * self._threshold if self._relative else self._threshold
+        return value < self.best - margin
+
+    def _reduce(self) -> None:
+        for group in self.optimizer.param_groups:
+            lowered = max(group["lr"] * self.factor, self.min_lr)
+            if group["lr"] - lowered > self.eps:
+                group["lr"] = lowered
+
+
+def _cosine(start: float, end: float, part: float) -> float:
+    return end + (start - end) * (1 + cos(pi * part)) / 2
+
+
+def _line(start: float, end: float, part: float) -> float:
+    return start + (end - start) * part
