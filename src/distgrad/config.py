@@ -21,7 +21,7 @@ class Config:
     """
 
     #: How long a waiting thread polls before it blocks (µs). 0 switches spinning off.
-    spin_us: float = 50.0
+    spin_us: float = 200.0
     #: How long an idle thread lets the poll role lie free before it takes over (µs).
     grace_us: float = 200.0
     #: Default deadline of a call.
