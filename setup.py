@@ -13,6 +13,8 @@ from setuptools import Extension, setup
 
 MODULES = {
     "distgrad.graph._node": "src/distgrad/graph/_node.pyx",
+    "distgrad.graph._writes": "src/distgrad/graph/_writes.pyx",
+    "distgrad.graph._methods": "src/distgrad/graph/_methods.pyx",
     "distgrad.graph._gradient": "src/distgrad/graph/_gradient.pyx",
     "distgrad.graph._engine": "src/distgrad/graph/_engine.pyx",
     "distgrad._core": "src/distgrad/_core.pyx",
@@ -23,6 +25,10 @@ MODULES = {
     "distgrad.transport._pool": "src/distgrad/transport/_pool.pyx",
     "distgrad.transport._stream": "src/distgrad/transport/_stream.pyx",
     "distgrad.rpc._leader": "src/distgrad/rpc/_leader.pyx",
+    "distgrad.rpc._activity": "src/distgrad/rpc/_activity.pyx",
+    "distgrad.rpc._future": "src/distgrad/rpc/_future.pyx",
+    "distgrad.rpc._crew": "src/distgrad/rpc/_crew.pyx",
+    "distgrad.rpc._exchange": "src/distgrad/rpc/_exchange.pyx",
 }
 
 
@@ -30,7 +36,10 @@ def switched_on(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
 
 
-DEBUG, PROFILE, TRACE = map(switched_on, ("DISTGRAD_DEBUG", "DISTGRAD_PROFILE", "DISTGRAD_TRACE"))
+SWITCHES = ("DISTGRAD_DEBUG", "DISTGRAD_PROFILE", "DISTGRAD_TRACE")
+DEBUG, PROFILE, TRACE = map(switched_on, SWITCHES)
+# One folder a combination: only timestamps are compared, and switches leave none.
+BUILD = "build/" + ("-".join(filter(switched_on, SWITCHES)) or "release")
 
 directives = {
     "language_level": 3,
@@ -49,10 +58,12 @@ macros = [
 if TRACE:
     macros += [("CYTHON_TRACE_NOGIL", "1"), ("CYTHON_USE_SYS_MONITORING", "0")]
 flags = ["-O0", "-g"] if DEBUG else ["-O3"]
+flags += ["-ffp-contract=off"]  # results must not depend on the processor
 if PROFILE:
     flags += ["-g", "-fno-omit-frame-pointer"]
 
 setup(
+    options={"build": {"build_base": BUILD}},
     ext_modules=cythonize(
         [
             Extension(
@@ -65,6 +76,6 @@ setup(
             for name, path in MODULES.items()
         ],
         compiler_directives=directives,
-        build_dir="build",
-    )
+        build_dir=BUILD,
+    ),
 )
