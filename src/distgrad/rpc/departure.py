@@ -64,6 +64,9 @@ class Departure:
         self._wait_until_idle(until)
         agent = self._worker.agent
         verdict = self._verdict = Future(agent=agent)
+        # This thread may wait for long, and requests arrive meanwhile: if it polled, each of
+        # them would have to be handed to a serving thread. So it only sleeps.
+        verdict._agent = None
         arrived = Arrived(agent.issued, agent.handled)
         if self._lost is not None:
             raise WorkerLostError(f"cannot shut down together: {self._lost}")
