@@ -12,11 +12,12 @@ cimport numpy as cnp
 
 from distgrad.graph._engine cimport GraphTask, seed_of
 from distgrad.graph._gradient cimport store_gradient
+from distgrad.graph._methods cimport get_item, reshape, total
 from distgrad.graph._node cimport (
     FUNCTIONS, OPS, Hooks, Node, Op, TensorBase, add_hook, binary, call_op, grad_enabled,
-    hooks_of, is_inexact, mark_written, no_rule, share_storage, unary, unwrap, unwrap_index, wrap,
-    wrap_outputs, write_item, write_operator,
+    hooks_of, is_inexact, mark_written, no_rule, share_storage, unary, unwrap, wrap, wrap_outputs,
 )
+from distgrad.graph._writes cimport write_item, write_operator
 
 import operator
 import weakref
@@ -402,7 +403,7 @@ cdef class Tensor(TensorBase):
         return iter([self[i] for i in range(len(self.array))])
 
     def __getitem__(self, index):
-        return call_op(<Op?>OPS[operator.getitem], (self, unwrap_index(index)), None)
+        return get_item(self, index)
 
     def __setitem__(self, index, value):
         write_item(self, index, value)
@@ -528,6 +529,8 @@ cdef class Tensor(TensorBase):
     # -- NumPy's methods
 
     def sum(self, axis=None, dtype=None, *, keepdims=False):
+        if axis is None and dtype is None and keepdims is False:
+            return total(self)
         return call_function(np.sum, (self,), {"axis": axis, "dtype": dtype, "keepdims": keepdims})
 
     def prod(self, axis=None, *, keepdims=False):
@@ -569,7 +572,7 @@ cdef class Tensor(TensorBase):
     def reshape(self, *shape):
         if len(shape) == 1 and not isinstance(shape[0], int):
             shape = shape[0]
-        return call_function(np.reshape, (self, shape), {})
+        return reshape(self, shape)
 
     def transpose(self, *axes):
         if len(axes) == 1 and not isinstance(axes[0], int):

@@ -103,3 +103,34 @@ def test_gradient_of_small_equals_that_of_large(function: Function, dtype: Any) 
     assert small.grad.dtype == dtype
     expected = large.grad.numpy().reshape(1000, 8)[0]
     np.testing.assert_allclose(small.grad.numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sum_equals_numpy_to_the_bit(dtype: Any) -> None:
+    random = np.random.default_rng(3)
+    shapes = [(n,) for n in (*range(140), 255, 777, 1024, 1025)] + [(), (3, 5), (31, 33), (0, 4)]
+    for shape in shapes:
+        array = np.asarray(random.standard_normal(shape), dtype)
+        assert_same(dg.from_numpy(array).sum(), array.sum())
+
+
+def test_sum_that_overflows_warns_as_numpy() -> None:
+    with pytest.warns(RuntimeWarning, match="overflow"):
+        assert dg.tensor([1e308, 1e308]).sum().item() == np.inf
+
+
+@pytest.mark.parametrize("n", [1, 7, 16, 1000, 20_000])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_accumulated_gradients_equal_sums(n: int, dtype: Any) -> None:
+    first, second = np.random.default_rng(4).standard_normal((2, n)).astype(dtype)
+    x = dg.tensor(np.zeros(n, dtype), requires_grad=True)
+    for part in (first, second, first):
+        x.backward(part)
+    np.testing.assert_array_equal(x.grad.data, first + second + first)
+
+
+def test_gradient_that_overlaps_the_sum_is_added_as_if_apart() -> None:
+    x = dg.tensor(np.zeros(4), requires_grad=True)
+    x.backward(np.arange(4.0))
+    x.backward(x.grad.data[::-1])
+    assert x.grad.tolist() == [3.0, 3.0, 3.0, 3.0]

@@ -67,7 +67,7 @@ cdef class GraphTask:
     cdef int step_leaf(self, int index, AccumulateGrad node, list grads) except -1
     cdef int run_apply(self, int index, Node node, list grads) except -1
     cdef int run_rules(self, int index, OpNode node, object gradient) except -1
-    cdef object run_rule(self, int index, OpNode node, int k, PyObject **stack)
+    cdef object run_rule(self, int index, OpNode node, int k, PyObject **stack, list keep)
 
 
 cdef object seed_of(TensorBase root, object gradient, bint create)

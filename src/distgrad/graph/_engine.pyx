@@ -13,11 +13,11 @@ from cpython.ref cimport Py_INCREF, Py_XDECREF
 from cpython.tuple cimport PyTuple_GET_ITEM
 
 from distgrad.graph._gradient cimport accumulate, add_gradients, fit, store_gradient
-from distgrad.graph._kernels cimport small_gradient
+from distgrad.graph._kernels cimport GETITEM, RESHAPE, SUM, filled, small_gradient
 from distgrad.graph._node cimport (
     NEAR_ARGS, RECEIVES, RUNS, AccumulateGrad, Edge, Hooks, Node, OpNode, Storage, TensorBase,
-    check_fresh, edge_of,
-    grad_mode, is_inexact, meta_dtype, meta_shape, same_meta, unwrap, wrap,
+    Meta, check_fresh, edge_of, grad_mode, is_inexact, meta_dims, meta_dtype, meta_shape, new_spec,
+    same_meta, unwrap, wrap,
 )
 
 import numpy as np
@@ -654,6 +654,7 @@ cdef class GraphTask:
         cdef PyObject **stack = near
         cdef int i, k
         cdef list results = None if node.hooks is None else []
+        cdef list keep = [] if node.op.shapes else None
         check_saved(node)
         if node.n_args > NEAR_ARGS:
             stack = <PyObject **>allocate(node.n_args + 3, sizeof(PyObject *))
@@ -668,7 +669,7 @@ cdef class GraphTask:
                     stack[3 + i] = <PyObject *>(<TensorBase>stack[3 + i]).array
         try:
             for k in range(node.n_edges):
-                value = self.run_rule(index, node, k, stack)
+                value = self.run_rule(index, node, k, stack, keep)
                 if results is None:
                     self.contribute(index, k, value)
                 else:
@@ -683,7 +684,8 @@ cdef class GraphTask:
                 self.contribute(index, k, results[k])
         return 0 if self.retain else free_saved(node)
 
-    cdef object run_rule(self, int index, OpNode node, int k, PyObject **stack):
+    cdef object run_rule(self, int index, OpNode node, int k, PyObject **stack, list keep):
+        cdef Edge *edge = &node.edges[k]
         cdef int argument = node.edges[k].argument
         cdef int target = self.targets[self.visits[index].first_edge + k]
         cdef PyObject *kwargs = NULL
@@ -691,10 +693,16 @@ cdef class GraphTask:
         if target >= 0 and not self.visits[target].needed:
             return None
         if node.op.kernel and not self.create:
-            value = small_gradient(node.op.kernel, argument, <object>stack[1], <object>stack[3],
-                                   <object>stack[3 + (node.n_args > 1)], <object>stack[2])
+            if node.op.kernel >= SUM:
+                value = moved(node, &(<Node>edge.node).slots[edge.slot], <object>stack[1])
+            else:
+                value = small_gradient(
+                    node.op.kernel, argument, <object>stack[1], <object>stack[3],
+                    <object>stack[3 + (node.n_args > 1)], <object>stack[2])
             if value is not None:
                 return value
+        if node.op.shapes:
+            add_specs(node, stack, keep)
         if node.kwargs is not None:
             kwargs = <PyObject *>node.kwargs
         if node.op.variadic is not None:
@@ -703,6 +711,49 @@ cdef class GraphTask:
             return PyObject_VectorcallDict(node.op.variadic, stack, node.n_args + 3, kwargs)
         rule = node.op.rules[argument]
         return PyObject_VectorcallDict(rule, stack + 1, node.n_args + 2, kwargs)
+
+
+cdef int add_specs(OpNode node, PyObject **stack, list keep) except -1:
+    """Give rules the shapes of arguments that were not saved: those of the slots behind them."""
+    cdef int k
+    cdef Edge *edge
+    cdef Meta *meta
+    for k in range(node.n_edges):
+        edge = &node.edges[k]
+        if stack[3 + edge.argument] == <PyObject *>None:
+            meta = &(<Node>edge.node).slots[edge.slot]
+            spec = new_spec(meta_shape(meta), meta_dtype(meta))
+            keep.append(spec)
+            stack[3 + edge.argument] = <PyObject *>spec
+    return 0
+
+
+cdef object moved(OpNode node, Meta *meta, object gradient):
+    """The gradient of an operation that only moves elements; None: ask its rule."""
+    cdef cnp.PyArray_Dims dims
+    if meta.ndim < 0 or node.kwargs is not None or not cnp.PyArray_CheckExact(gradient):
+        return None
+    if node.op.kernel == SUM:
+        return filled(meta.ndim, meta_dims(meta), meta.typenum, gradient)
+    if node.op.kernel == RESHAPE:
+        dims.ptr = meta_dims(meta)
+        dims.len = meta.ndim
+        return cnp.PyArray_Newshape(<cnp.ndarray>gradient, &dims, cnp.NPY_CORDER)
+    if node.op.kernel == GETITEM and is_place(node.args[1]):
+        result = cnp.PyArray_ZEROS(meta.ndim, meta_dims(meta), meta.typenum, 0)
+        result[node.args[1]] = gradient
+        return result
+    return None
+
+
+cdef bint is_place(object index) except -1:
+    """An index of integers and slices selects each element at most once."""
+    if type(index) is tuple:
+        for part in <tuple>index:
+            if not (type(part) is int or type(part) is slice):
+                return False
+        return True
+    return type(index) is int or type(index) is slice
 
 
 cdef object fill(Node node, list grads):

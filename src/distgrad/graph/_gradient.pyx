@@ -5,7 +5,7 @@ cimport cython
 cimport numpy as cnp
 from cpython.object cimport PyObject
 
-from distgrad.graph._kernels cimport small_add_into
+from distgrad.graph._kernels cimport add_into
 from distgrad.graph._node cimport (
     AccumulateGrad, Meta, Node, TensorBase, mark_written, meta_dtype, meta_shape, same_meta, wrap,
 )
@@ -89,7 +89,7 @@ cdef object add_gradients(PyObject *first, PyObject *second, bint create):
     args[0] = first
     args[1] = second
     if is_exclusive(first):
-        if small_add_into(<object>first, <object>second):
+        if add_into(<object>first, <object>second):
             return <object>first
         args[2] = first
     elif is_exclusive(second):
@@ -116,7 +116,8 @@ cdef int store_gradient(TensorBase leaf, PyObject *gradient) except -1:
             or not cnp.PyArray_ISWRITEABLE(old.array)):
         leaf.gradient = old + <object>gradient
     else:
-        numpy_add(old.array, <object>gradient, out=old.array)
+        if not add_into(old.array, <object>gradient):
+            numpy_add(old.array, <object>gradient, out=old.array)
         mark_written(old, "backward")
     return 0
 

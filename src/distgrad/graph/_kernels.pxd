@@ -8,74 +8,52 @@ cimport numpy as cnp
 from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_CheckExact
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
 
+cdef extern from "Python.h":
+    Py_ssize_t PY_SSIZE_T_MAX
+
 cdef extern from "fenv.h" nogil:
     int FE_INVALID, FE_DIVBYZERO, FE_OVERFLOW
     int fetestexcept(int flags)
     int feclearexcept(int flags)
 
+cdef extern from "graph/kernels.h" nogil:
+    void dg_run_f64(int kernel, const double *a, Py_ssize_t step_a, const double *b,
+                    Py_ssize_t step_b, double *out, Py_ssize_t n)
+    void dg_run_f32(int kernel, const float *a, Py_ssize_t step_a, const float *b,
+                    Py_ssize_t step_b, float *out, Py_ssize_t n)
+    void dg_add_into_f64(double *sum, const double *part, Py_ssize_t n)
+    void dg_add_into_f32(float *sum, const float *part, Py_ssize_t n)
+    void dg_fill_f64(double *out, double value, Py_ssize_t n)
+    void dg_fill_f32(float *out, float value, Py_ssize_t n)
+    double dg_sum_f64(const double *a, Py_ssize_t n)
+    float dg_sum_f32(const float *a, Py_ssize_t n)
+    enum Kernel "dg_kernel":
+        NO_KERNEL "DG_NONE"
+        ADD "DG_ADD"
+        SUBTRACT "DG_SUBTRACT"
+        MULTIPLY "DG_MULTIPLY"
+        DIVIDE "DG_DIVIDE"
+        NEGATIVE "DG_NEGATIVE"
+        EXP "DG_EXP"
+        TANH "DG_TANH"
+        SQRT "DG_SQRT"
+        SQUARE "DG_SQUARE"
+        RELU "DG_RELU"
+        SIGMOID "DG_SIGMOID"
+        SUM "DG_SUM"
+        RESHAPE "DG_RESHAPE"
+        GETITEM "DG_GETITEM"
+
 cdef enum:
-    SMALL = 1024        # elements; above, NumPy is as fast
-    EXACT = 1 << 24     # integers up to here are exact in float32
-
-cdef enum Kernel:
-    NO_KERNEL
-    ADD
-    SUBTRACT
-    MULTIPLY
-    DIVIDE
-    NEGATIVE
-    EXP
-    TANH
-    SQRT
-    SQUARE
-    RELU
-    SIGMOID
-
-ctypedef fused real:
-    float
-    double
+    SMALL = 8192            # elements; above, NumPy's own loops are as fast
+    SMALL_SUM = 1024
+    FILLED = 1 << 16        # a gradient of one number is a view above, an array up to this size
+    UNLOCKED = 1 << 14      # elements; from here on the GIL is released
+    EXACT = 1 << 24         # integers up to here are exact in float32
 
 
-cdef inline void run(Kernel kernel, const real *a, Py_ssize_t step_a, const real *b,
-                     Py_ssize_t step_b, real *out, Py_ssize_t n) noexcept nogil:
-    """Forward of the binary ones, ``a * derivative(b)`` of the others; `b` is their result.
-
-    SQUARE takes its argument for `b`. A step is 1, or 0 for a scalar.
-    """
-    cdef Py_ssize_t i
-    if kernel == ADD:
-        for i in range(n):
-            out[i] = a[i * step_a] + b[i * step_b]
-    elif kernel == SUBTRACT:
-        for i in range(n):
-            out[i] = a[i * step_a] - b[i * step_b]
-    elif kernel == MULTIPLY or kernel == EXP:
-        for i in range(n):
-            out[i] = a[i * step_a] * b[i * step_b]
-    elif kernel == DIVIDE:
-        for i in range(n):
-            out[i] = a[i * step_a] / b[i * step_b]
-    elif kernel == NEGATIVE:
-        for i in range(n):
-            out[i] = -a[i]
-    elif kernel == TANH:
-        for i in range(n):
-            out[i] = a[i] * (1 - b[i] * b[i])
-    elif kernel == SQRT:
-        for i in range(n):
-            out[i] = a[i] / (2 * b[i])
-    elif kernel == SQUARE:
-        for i in range(n):
-            out[i] = a[i] * (2 * b[i])
-    elif kernel == RELU:
-        for i in range(n):
-            out[i] = a[i] * (b[i] > 0)
-    elif kernel == SIGMOID:
-        for i in range(n):
-            out[i] = a[i] * b[i] * (1 - b[i])
-
-
-cdef inline bint is_small(object array) noexcept:
+cdef inline bint is_plain(object array, Py_ssize_t limit) noexcept:
+    """A contiguous float array of at most so many elements."""
     if not cnp.PyArray_CheckExact(array):
         return False
     cdef int typenum = cnp.PyArray_TYPE(<cnp.ndarray>array)
@@ -83,9 +61,13 @@ cdef inline bint is_small(object array) noexcept:
         (typenum == cnp.NPY_FLOAT64 or typenum == cnp.NPY_FLOAT32)
         and cnp.PyArray_CHKFLAGS(
             <cnp.ndarray>array, cnp.NPY_ARRAY_C_CONTIGUOUS | cnp.NPY_ARRAY_ALIGNED)
-        and cnp.PyArray_SIZE(<cnp.ndarray>array) <= SMALL
+        and cnp.PyArray_SIZE(<cnp.ndarray>array) <= limit
         and cnp.PyArray_ISNOTSWAPPED(<cnp.ndarray>array)
     )
+
+
+cdef inline bint is_small(object array) noexcept:
+    return is_plain(array, SMALL)
 
 
 cdef inline bint is_alike(cnp.ndarray a, cnp.ndarray b) noexcept:
@@ -120,10 +102,10 @@ cdef inline object compute(Kernel kernel, cnp.ndarray like, const void *a, Py_ss
     cdef cnp.ndarray out = cnp.PyArray_SimpleNew(
         cnp.PyArray_NDIM(like), cnp.PyArray_DIMS(like), cnp.PyArray_TYPE(like))
     if cnp.PyArray_TYPE(like) == cnp.NPY_FLOAT64:
-        run[double](kernel, <const double *>a, step_a, <const double *>b, step_b,
-                    <double *>cnp.PyArray_DATA(out), n)
+        dg_run_f64(kernel, <const double *>a, step_a, <const double *>b, step_b,
+                   <double *>cnp.PyArray_DATA(out), n)
     else:
-        run[float](kernel, <const float *>a, step_a, <const float *>b, step_b,
+        dg_run_f32(kernel, <const float *>a, step_a, <const float *>b, step_b,
                    <float *>cnp.PyArray_DATA(out), n)
     if fetestexcept(flags):
         feclearexcept(flags)
@@ -162,20 +144,72 @@ cdef inline object small_negative(object a):
                    cnp.PyArray_DATA(<cnp.ndarray>a), 1)
 
 
-cdef inline bint small_add_into(object target, object other) noexcept:
+cdef inline bint add_into(object target, object other) noexcept:
     """Add in place; False if it does not apply. Overflow passes without a warning here."""
-    cdef void *out
-    if not (is_small(target) and is_small(other)
+    cdef Py_ssize_t n
+    cdef char *out
+    cdef char *part
+    if not (is_plain(target, PY_SSIZE_T_MAX) and is_plain(other, PY_SSIZE_T_MAX)
             and is_alike(<cnp.ndarray>target, <cnp.ndarray>other)):
         return False
-    out = cnp.PyArray_DATA(<cnp.ndarray>target)
-    if cnp.PyArray_TYPE(<cnp.ndarray>target) == cnp.NPY_FLOAT64:
-        run[double](ADD, <double *>out, 1, <double *>cnp.PyArray_DATA(<cnp.ndarray>other), 1,
-                    <double *>out, cnp.PyArray_SIZE(<cnp.ndarray>target))
+    n = cnp.PyArray_SIZE(<cnp.ndarray>target)
+    out = <char *>cnp.PyArray_DATA(<cnp.ndarray>target)
+    part = <char *>cnp.PyArray_DATA(<cnp.ndarray>other)
+    if out < part + cnp.PyArray_NBYTES(<cnp.ndarray>other) and part < out + cnp.PyArray_NBYTES(
+            <cnp.ndarray>target):
+        return False
+    if n >= UNLOCKED:
+        with nogil:
+            add_doubles_or_floats(cnp.PyArray_TYPE(<cnp.ndarray>target), out, part, n)
     else:
-        run[float](ADD, <float *>out, 1, <float *>cnp.PyArray_DATA(<cnp.ndarray>other), 1,
-                   <float *>out, cnp.PyArray_SIZE(<cnp.ndarray>target))
+        add_doubles_or_floats(cnp.PyArray_TYPE(<cnp.ndarray>target), out, part, n)
     return True
+
+
+cdef inline void add_doubles_or_floats(int typenum, void *out, void *part,
+                                       Py_ssize_t n) noexcept nogil:
+    if typenum == cnp.NPY_FLOAT64:
+        dg_add_into_f64(<double *>out, <const double *>part, n)
+    else:
+        dg_add_into_f32(<float *>out, <const float *>part, n)
+
+
+cdef inline object small_sum(object array):
+    """Sum of all elements, with the bits that NumPy gives."""
+    cdef int flags = FE_INVALID | FE_OVERFLOW
+    cdef cnp.ndarray out
+    if not is_plain(array, SMALL_SUM):
+        return None
+    out = cnp.PyArray_SimpleNew(0, NULL, cnp.PyArray_TYPE(<cnp.ndarray>array))
+    if cnp.PyArray_TYPE(<cnp.ndarray>array) == cnp.NPY_FLOAT64:
+        (<double *>cnp.PyArray_DATA(out))[0] = dg_sum_f64(
+            <const double *>cnp.PyArray_DATA(<cnp.ndarray>array),
+            cnp.PyArray_SIZE(<cnp.ndarray>array))
+    else:
+        (<float *>cnp.PyArray_DATA(out))[0] = dg_sum_f32(
+            <const float *>cnp.PyArray_DATA(<cnp.ndarray>array),
+            cnp.PyArray_SIZE(<cnp.ndarray>array))
+    if fetestexcept(flags):
+        feclearexcept(flags)
+        return None
+    return out
+
+
+cdef inline object filled(int ndim, cnp.npy_intp *dims, int typenum, object number):
+    """An array of one number, which is an array without dimensions of the same dtype."""
+    cdef cnp.ndarray out
+    if not (is_plain(number, 1) and cnp.PyArray_NDIM(<cnp.ndarray>number) == 0
+            and cnp.PyArray_TYPE(<cnp.ndarray>number) == typenum
+            and cnp.PyArray_MultiplyList(dims, ndim) <= FILLED):
+        return None
+    out = cnp.PyArray_SimpleNew(ndim, dims, typenum)
+    if typenum == cnp.NPY_FLOAT64:
+        dg_fill_f64(<double *>cnp.PyArray_DATA(out),
+                    (<double *>cnp.PyArray_DATA(<cnp.ndarray>number))[0], cnp.PyArray_SIZE(out))
+    else:
+        dg_fill_f32(<float *>cnp.PyArray_DATA(out),
+                    (<float *>cnp.PyArray_DATA(<cnp.ndarray>number))[0], cnp.PyArray_SIZE(out))
+    return out
 
 
 cdef inline object small_gradient(Kernel kernel, int argument, object g, object x, object y,

@@ -117,6 +117,7 @@ cdef dict OPS               # function on arrays -> Op
 cdef dict FUNCTIONS         # function -> callable on tensors
 
 cdef bint grad_enabled() except -1
+cdef void dg_drop(PyObject *object) noexcept
 cdef tuple meta_shape(Meta *meta)
 cdef int describe(Meta *meta, cnp.ndarray array) except -1
 cdef object meta_dtype(Meta *meta)
@@ -130,6 +131,7 @@ cdef object rule_of(Op op, int argument)
 cdef str no_rule(str name, str what)
 cdef OpNode new_node(Op op, Py_ssize_t n_args)
 cdef int connect(OpNode node, TensorBase tensor, int argument, unsigned int *mask) except -1
+cdef Spec new_spec(tuple shape, object dtype)
 cdef object saved_argument(OpNode node, object value, int argument, unsigned int mask)
 cdef int save(OpNode node, tuple args, dict kwargs, object answer, unsigned int mask) except -1
 cdef TensorBase wrap(object result)
@@ -147,11 +149,6 @@ cdef int record_binary(Op op, object a, object b, TensorBase output) except -1
 cdef Storage storage_of(TensorBase tensor)
 cdef int share_storage(TensorBase view, TensorBase base) except -1
 cdef int mark_written(TensorBase tensor, str writer) except -1
-cdef int check_writable(TensorBase tensor, str writer) except -1
-cdef int rebase(TensorBase tensor, Node node, int slot, str writer) except -1
-cdef object write_operator(Op op, TensorBase target, object other, str writer)
-cdef int write_item(TensorBase target, object index, object value) except -1
-cdef object unwrap_index(object index)
 
 
 cdef inline cnp.npy_intp *meta_dims(Meta *meta) noexcept:

@@ -10,11 +10,11 @@ cimport numpy as cnp
 from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Malloc
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF, Py_XDECREF, Py_XINCREF
-from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
+from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE, PyTuple_New, PyTuple_SET_ITEM
 
 from distgrad.graph._kernels cimport (
-    ADD, DIVIDE, EXP, MULTIPLY, NEGATIVE, RELU, SIGMOID, SQRT, SQUARE, SUBTRACT, TANH, Kernel,
-    small_binary, small_negative,
+    ADD, DIVIDE, EXP, GETITEM, MULTIPLY, NEGATIVE, RELU, RESHAPE, SIGMOID, SQRT, SQUARE,
+    SUBTRACT, SUM, TANH, Kernel, small_binary, small_negative,
 )
 
 import operator
@@ -84,7 +84,15 @@ cdef extern from "Python.h":
     void *PyThread_allocate_lock() noexcept
     void PyThread_free_lock(void *lock) noexcept
 
+cdef extern from "numpy/arrayobject.h":
+    object array_from_scalar "PyArray_FromScalar" (object scalar, void *dtype)
+
 cdef object grad_mode = _grad_mode
+
+
+cdef void dg_drop(PyObject *object) noexcept:
+    """Give a reference back without recursion; for other modules."""
+    dg_release(object)
 
 
 cdef bint grad_enabled() except -1:
@@ -395,8 +403,9 @@ cdef int attach(TensorBase tensor, Node node, int slot) except -1:
 cdef dict KERNELS = {
     np.add: ADD, np.subtract: SUBTRACT, np.multiply: MULTIPLY, np.true_divide: DIVIDE,
     np.negative: NEGATIVE, np.exp: EXP, np.tanh: TANH, np.sqrt: SQRT, np.square: SQUARE,
+    np.reshape: RESHAPE, operator.getitem: GETITEM,
 }
-cdef dict NAMED_KERNELS = {"relu": RELU, "sigmoid": SIGMOID}
+cdef dict NAMED_KERNELS = {"relu": RELU, "sigmoid": SIGMOID, "sum": SUM}
 cdef dict OPS = {}          # function -> Op
 cdef dict FUNCTIONS = {}    # function -> callable on tensors, for functions made of operations
 
@@ -539,7 +548,6 @@ cdef int connect(OpNode node, TensorBase tensor, int argument, unsigned int *mas
 
 cdef object saved_argument(OpNode node, object value, int argument, unsigned int mask):
     cdef TensorBase tensor
-    cdef Spec spec
     if not isinstance(value, TensorBase):
         return value
     tensor = <TensorBase>value
@@ -547,11 +555,15 @@ cdef object saved_argument(OpNode node, object value, int argument, unsigned int
         if tensor.storage is not None:
             node.writes += tensor.storage.writes
         return value
-    if not node.op.shapes:
-        return None
-    spec = Spec.__new__(Spec)
-    spec.shape = np.shape(tensor.array)
-    spec.dtype = tensor.array.dtype
+    if tensor.needs or not node.op.shapes:
+        return None     # the slot that its edge leads to knows the shape
+    return new_spec((<object>tensor.array).shape, tensor.array.dtype)
+
+
+cdef Spec new_spec(tuple shape, object dtype):
+    cdef Spec spec = Spec.__new__(Spec)
+    spec.shape = shape
+    spec.dtype = dtype
     return spec
 
 
@@ -584,7 +596,10 @@ cdef TensorBase wrap(object result):
     """A tensor without history over an array or scalar."""
     cdef TensorBase tensor = <TensorBase>dg_new(tensor_class, NO_ARGS)
     if not cnp.PyArray_CheckExact(result):
-        result = np.asarray(result)
+        if cnp.PyArray_CheckScalar(result) and not cnp.PyArray_Check(result):
+            result = array_from_scalar(result, NULL)
+        else:
+            result = np.asarray(result)
     tensor.array = <cnp.ndarray>result
     # Only hooks can close a cycle; until there is one, the collector need not look.
     PyObject_GC_UnTrack(tensor)
@@ -611,7 +626,7 @@ cdef object call_op(Op op, tuple args, dict kwargs):
     cdef Py_ssize_t i, n = PyTuple_GET_SIZE(args)
     cdef TensorBase tensor
     cdef bint tracked = False, plain = True
-    values = []
+    cdef tuple values = PyTuple_New(n)
     for i in range(n):
         value = <object>PyTuple_GET_ITEM(args, i)
         if isinstance(value, TensorBase):
@@ -620,13 +635,14 @@ cdef object call_op(Op op, tuple args, dict kwargs):
             check_fresh(tensor)
             tracked |= tensor.needs
             value = tensor.array
-        values.append(value)
+        Py_INCREF(value)
+        PyTuple_SET_ITEM(values, i, value)
     if kwargs:
         for value in kwargs.values():
             if isinstance(value, TensorBase):
                 kwargs = {key: unwrap_constant(op, value) for key, value in kwargs.items()}
                 break
-    result = PyObject_Call(op.function, tuple(values), <PyObject *>kwargs if kwargs else NULL)
+    result = PyObject_Call(op.function, values, <PyObject *>kwargs if kwargs else NULL)
     if plain:
         return result
     outputs = wrap_outputs(result, args)
@@ -647,7 +663,7 @@ cdef object wrap_outputs(object result, tuple args):
     """Tensors for arrays and scalars; views share the storage of what they look at."""
     if isinstance(result, (tuple, list)):
         return tuple([wrap_outputs(part, args) for part in result])
-    if not isinstance(result, (np.ndarray, np.generic)):
+    if not (cnp.PyArray_Check(result) or cnp.PyArray_CheckScalar(result)):
         return result
     cdef TensorBase output = wrap(result)
     base = (<object>output.array).base
@@ -773,7 +789,7 @@ cdef int record_binary(Op op, object a, object b, TensorBase output) except -1:
     return finish(node, output, mask)
 
 
-# ---------------------------------------------------------------- in-place writes
+# ---------------------------------------------------------------- shared memory
 
 cdef Storage storage_of(TensorBase tensor):
     """The write counter of a tensor's memory, made when it is first shared or written."""
@@ -801,83 +817,3 @@ cdef int mark_written(TensorBase tensor, str writer) except -1:
     storage.writes += 1
     storage.writer = writer
     return 0
-
-
-cdef int check_writable(TensorBase tensor, str writer) except -1:
-    """A write that will be recorded needs a tensor whose history may be replaced."""
-    check_fresh(tensor)
-    if tensor.needs and tensor.node == NULL:
-        raise GraphError(
-            f"cannot record {writer} on a leaf that requires grad",
-            hint="write inside distgrad.no_grad(), or use a copy: tensor.clone()",
-        )
-    if tensor.is_view:
-        raise GraphError(
-            f"cannot record {writer} on a view: the tensor it looks at would lose the history",
-            hint="write through the tensor itself: tensor[index] = value",
-        )
-    return 0
-
-
-cdef int rebase(TensorBase tensor, Node node, int slot, str writer) except -1:
-    """Give a tensor whose memory was written the history of the write."""
-    cdef PyObject *old = tensor.node
-    cdef Storage storage
-    mark_written(tensor, writer)
-    storage = tensor.storage
-    storage.rebases += 1
-    tensor.rebases = storage.rebases
-    attach(tensor, node, slot)
-    dg_release(old)
-    return 0
-
-
-cdef object write_operator(Op op, TensorBase target, object other, str writer):
-    """``target op= other``."""
-    cdef TensorBase result
-    if not ((target.needs or (isinstance(other, TensorBase) and (<TensorBase>other).needs))
-            and grad_enabled()):
-        op.function(target.array, unwrap(other), out=target.array)
-        mark_written(target, writer)
-        return target
-    check_writable(target, writer)
-    result = binary(op, target, other)
-    if np.shape(result.array) != np.shape(target.array):
-        raise ValueError(f"cannot write {writer}: the result has shape {result.shape}, "
-                         f"the tensor {target.shape}")
-    np.copyto(target.array, result.array)
-    if result.array.dtype != target.array.dtype:
-        result = result.astype(target.array.dtype)
-    rebase(target, <Node>result.node, result.slot, writer)
-    return target
-
-
-cdef int write_item(TensorBase target, object index, object value) except -1:
-    cdef OpNode node
-    cdef unsigned int mask = 0
-    cdef bint tracked = target.needs or (isinstance(value, TensorBase) and (<TensorBase>value).needs)
-    plain_index = unwrap_index(index)
-    if not (tracked and grad_enabled()):
-        target.array[plain_index] = unwrap(value)
-        return mark_written(target, "__setitem__")
-    check_writable(target, "__setitem__")
-    node = new_node(<Op?>OPS[operator.setitem], 3)
-    if target.needs:
-        connect(node, target, 0, &mask)
-    if isinstance(value, TensorBase) and (<TensorBase>value).needs:
-        check_fresh(<TensorBase>value)
-        connect(node, <TensorBase>value, 1, &mask)
-    args = (target, value if isinstance(value, TensorBase) else wrap(value), plain_index)
-    save(node, args, None, None, mask)
-    target.array[plain_index] = unwrap(value)
-    return rebase(target, node, 0, "__setitem__")
-
-
-cdef object unwrap_index(object index):
-    if isinstance(index, TensorBase):
-        return (<TensorBase>index).array
-    if type(index) is tuple:
-        return tuple([unwrap_index(part) for part in index])
-    if type(index) is list:
-        return [unwrap_index(part) for part in index]
-    return index

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from distgrad._core import register
 from distgrad.ops.registry import conj, constant, defvjp, expand, implements, spread
 
 __all__ = ["count_along"]
@@ -44,6 +45,7 @@ def expand_average(g: Any, ans: Any, x: Any, axis: Any = None, keepdims: bool = 
 
 
 SUM = defvjp(total, expand_total, needs=("s",), name="sum")
+register("sum", SUM)  # what Tensor.sum looks for
 MEAN = defvjp(average, expand_average, needs=("s",), name="mean")
 CUMSUM = defvjp(
     np.cumsum,
