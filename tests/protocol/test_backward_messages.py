@@ -64,6 +64,7 @@ def test_backward_thousand_workers_in_a_chain_ends_exact() -> None:
     assert started.gradients["leaf998"] == 3
 
 
+@pytest.mark.deadline(36000)
 def test_backward_random_contexts_take_less_than_fast_mode(programs: range) -> None:
     """Shown with ``-s``: messages of a pass against FAST mode's two a pair."""
     calm = Chances(inner=0.0, overlap=0.0, no_grad=0.0)
