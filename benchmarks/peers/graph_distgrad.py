@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
+
+import compiled
 import graphs
 import measure
 import numpy as np
@@ -52,6 +56,20 @@ class DistgradGraphs(measure.Peer):
         for weight in self.weights:
             weight.data -= graphs.LEARNING_RATE * weight.grad.data
             weight.grad = None
+
+    def time_accumulate_16(self) -> None:
+        self.add(16, graphs.SUMS)
+
+    def time_accumulate_1024(self) -> None:
+        self.add(1024, graphs.SUMS)
+
+    def time_accumulate_65536(self) -> None:
+        self.add(65536, graphs.SUMS)
+
+    @cached_property
+    def add(self) -> Callable[[int, int], None]:
+        """The engine's function that adds gradients, called from C."""
+        return compiled.accumulate().by_engine
 
 
 if __name__ == "__main__":

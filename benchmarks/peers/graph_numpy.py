@@ -58,6 +58,20 @@ class NumpyGraphs(measure.Peer):
         for weight, left, right in ((second, hidden, g2), (first, images, g1)):
             weight -= graphs.LEARNING_RATE * (left.T @ right)
 
+    def time_accumulate_16(self) -> None:
+        self.add(16)
+
+    def time_accumulate_1024(self) -> None:
+        self.add(1024)
+
+    def time_accumulate_65536(self) -> None:
+        self.add(65536)
+
+    def add(self, n: int) -> None:
+        total, part = np.zeros(n), np.ones(n)
+        for _ in range(graphs.SUMS):
+            np.add(total, part, out=total)
+
 
 if __name__ == "__main__":
     measure.serve(NumpyGraphs)

@@ -8,9 +8,6 @@ cimport numpy as cnp
 from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_CheckExact
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
 
-cdef extern from "Python.h":
-    Py_ssize_t PY_SSIZE_T_MAX
-
 cdef extern from "fenv.h" nogil:
     int FE_INVALID, FE_DIVBYZERO, FE_OVERFLOW
     int fetestexcept(int flags)
@@ -52,8 +49,8 @@ cdef enum:
     EXACT = 1 << 24         # integers up to here are exact in float32
 
 
-cdef inline bint is_plain(object array, Py_ssize_t limit) noexcept:
-    """A contiguous float array of at most so many elements."""
+cdef inline bint is_loopable(object array) noexcept:
+    """A contiguous float array."""
     if not cnp.PyArray_CheckExact(array):
         return False
     cdef int typenum = cnp.PyArray_TYPE(<cnp.ndarray>array)
@@ -61,9 +58,13 @@ cdef inline bint is_plain(object array, Py_ssize_t limit) noexcept:
         (typenum == cnp.NPY_FLOAT64 or typenum == cnp.NPY_FLOAT32)
         and cnp.PyArray_CHKFLAGS(
             <cnp.ndarray>array, cnp.NPY_ARRAY_C_CONTIGUOUS | cnp.NPY_ARRAY_ALIGNED)
-        and cnp.PyArray_SIZE(<cnp.ndarray>array) <= limit
         and cnp.PyArray_ISNOTSWAPPED(<cnp.ndarray>array)
     )
+
+
+cdef inline bint is_plain(object array, Py_ssize_t limit) noexcept:
+    """A contiguous float array of at most so many elements."""
+    return is_loopable(array) and cnp.PyArray_SIZE(<cnp.ndarray>array) <= limit
 
 
 cdef inline bint is_small(object array) noexcept:
@@ -146,17 +147,19 @@ cdef inline object small_negative(object a):
 
 cdef inline bint add_into(object target, object other) noexcept:
     """Add in place; False if it does not apply. Overflow passes without a warning here."""
-    cdef Py_ssize_t n
+    cdef Py_ssize_t n = 1, nbytes
+    cdef int i
     cdef char *out
     cdef char *part
-    if not (is_plain(target, PY_SSIZE_T_MAX) and is_plain(other, PY_SSIZE_T_MAX)
+    if not (is_loopable(target) and is_loopable(other)
             and is_alike(<cnp.ndarray>target, <cnp.ndarray>other)):
         return False
-    n = cnp.PyArray_SIZE(<cnp.ndarray>target)
+    for i in range(cnp.PyArray_NDIM(<cnp.ndarray>target)):
+        n *= cnp.PyArray_DIM(<cnp.ndarray>target, i)
+    nbytes = n * (8 if cnp.PyArray_TYPE(<cnp.ndarray>target) == cnp.NPY_FLOAT64 else 4)
     out = <char *>cnp.PyArray_DATA(<cnp.ndarray>target)
     part = <char *>cnp.PyArray_DATA(<cnp.ndarray>other)
-    if out < part + cnp.PyArray_NBYTES(<cnp.ndarray>other) and part < out + cnp.PyArray_NBYTES(
-            <cnp.ndarray>target):
+    if out < part + nbytes and part < out + nbytes:
         return False
     if n >= UNLOCKED:
         with nogil:
