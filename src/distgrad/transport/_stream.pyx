@@ -84,6 +84,7 @@ cdef enum:
     WAKE_TOKEN = 0      # of wake_fd in the epoll set
     MAX_INTERVAL = 8    # most direct reads from one look at all sockets to the next
     YIELD_TURNS = 4    # direct reads from one sched_yield to the next
+    WAKES = 3          # a wait this many spins long may have been a short one with two wake-ups
 
 cdef extern from "pythread.h" nogil:
     unsigned long PyThread_get_thread_ident()
@@ -344,7 +345,9 @@ cdef class Poller:
         if self.most_s > 0.0:
             self.budget_s = self.budget_s * 0.5 if self.budget_s > 1e-6 else 0.0
         self.block(now, until)
-        if self.num_ready > 0 and self.most_s > 0.0 and now_s() - start <= self.most_s:
+        # Both sides may be asleep, and each wake-up adds to the wait: judged by the bare spin
+        # limit, two workers that once fell asleep would never find back to spinning.
+        if self.num_ready > 0 and now_s() - start <= WAKES * self.most_s:
             self.budget_s = self.most_s
 
     cdef bint spin_round(self, StreamConnection hot, bint has_hot) noexcept nogil:
