@@ -15,8 +15,6 @@ MODULES = {
     "distgrad.graph._node": "src/distgrad/graph/_node.pyx",
     "distgrad.graph._writes": "src/distgrad/graph/_writes.pyx",
     "distgrad.graph._methods": "src/distgrad/graph/_methods.pyx",
-    "distgrad.graph._writes": "src/distgrad/graph/_writes.pyx",
-    "distgrad.graph._methods": "src/distgrad/graph/_methods.pyx",
     "distgrad.graph._gradient": "src/distgrad/graph/_gradient.pyx",
     "distgrad.graph._engine": "src/distgrad/graph/_engine.pyx",
     "distgrad._core": "src/distgrad/_core.pyx",
@@ -60,7 +58,6 @@ macros = [
 if TRACE:
     macros += [("CYTHON_TRACE_NOGIL", "1"), ("CYTHON_USE_SYS_MONITORING", "0")]
 flags = ["-O0", "-g"] if DEBUG else ["-O3"]
-flags += ["-ffp-contract=off"]  # results must not depend on the processor
 flags += ["-ffp-contract=off"]  # results must not depend on the processor
 if PROFILE:
     flags += ["-g", "-fno-omit-frame-pointer"]

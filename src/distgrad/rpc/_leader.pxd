@@ -30,5 +30,8 @@ cdef class Leadership:
         public volatile int work     # tasks wait for a serving thread
         public unsigned long taken   # tasks taken so far; tells a tick that they move on
 
+    cpdef bint try_lead(self) noexcept
+    cpdef void leave(self) noexcept
+    cpdef void ring(self) noexcept
     cdef int _tick(self, double grace_s) noexcept nogil
     cdef void _sleep(self) noexcept nogil

@@ -44,7 +44,7 @@ cdef class Leadership:
     def __dealloc__(self):
         sem_destroy(&self.bell)
 
-    def try_lead(self) -> bool:
+    cpdef bint try_lead(self) noexcept:
         """Take the role if it is free. Never blocks."""
         if self.held:
             return False
@@ -52,7 +52,7 @@ cdef class Leadership:
         self.epoch += 1
         return True
 
-    def leave(self) -> None:
+    cpdef void leave(self) noexcept:
         """Give the role up; rings the watcher if it sleeps without a limit."""
         self.held = 0
         distgrad_fence()
@@ -60,7 +60,7 @@ cdef class Leadership:
             self.dormant = 0
             sem_post(&self.bell)
 
-    def ring(self) -> None:
+    cpdef void ring(self) noexcept:
         """Wake the watcher: there is work for it."""
         self.rung = 1
         sem_post(&self.bell)

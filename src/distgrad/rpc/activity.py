@@ -7,40 +7,16 @@ and deadline, which the calls made by the handler inherit.
 from __future__ import annotations
 
 import os
-from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from distgrad.errors import DistgradError
+from distgrad.rpc._activity import Activity, activity
 
 if TYPE_CHECKING:
     from distgrad.rpc.worker import Worker
 
 __all__ = ["Activity", "activity", "current_worker", "deadline", "worker_or_none"]
 
-
-class Activity:
-    """The worker of a thread or task, and the call that it serves.
-
-    Attributes
-    ----------
-    worker
-        The current worker.
-    chain
-        Id of the chain of nested synchronous calls, 0 outside a call.
-    deadline
-        When the served call's caller gives up (`time.monotonic` seconds), or None.
-    """
-
-    __slots__ = ("chain", "deadline", "worker")
-
-    def __init__(self, worker: Worker, chain: int = 0, deadline: float | None = None) -> None:
-        self.worker = worker
-        self.chain = chain
-        self.deadline = deadline
-
-
-#: The activity of the current thread or task; unset in threads that never touched rpc.
-activity: ContextVar[Activity] = ContextVar("distgrad_activity")
 
 # Workers of this process, oldest first: threads without an activity use the first.
 _workers: list[Worker] = []
@@ -96,7 +72,7 @@ def deadline() -> float | None:
 def _forget_in_child() -> None:
     """A forked child owns no worker: the threads and connections stay with its parent."""
     for worker in _workers:
-        worker.agent.closed = True
+        worker.agent.closed = worker.agent.crew.closed = True
     _workers.clear()
 
 

@@ -64,9 +64,6 @@ class Departure:
         self._wait_until_idle(until)
         agent = self._worker.agent
         verdict = self._verdict = Future(agent=agent)
-        # This thread may wait for long, and requests arrive meanwhile: if it polled, each of
-        # them would have to be handed to a serving thread. So it only sleeps.
-        verdict._agent = None
         arrived = Arrived(agent.issued, agent.handled)
         if self._lost is not None:
             raise WorkerLostError(f"cannot shut down together: {self._lost}")
@@ -74,8 +71,8 @@ class Departure:
             self._take(_FIRST, arrived)
         else:
             self._worker.post(_FIRST, arrived)
-        # Not `Future.wait`, which polls: this wait is long, and would only take the poll role
-        # away from the threads that serve.
+        # Not `Future.wait`, which polls: this wait is long, and each request that arrives
+        # meanwhile would have to be handed to a serving thread.
         settled = threading.Event()
         verdict.add_done_callback(lambda _: settled.set(), inline=True)
         if not settled.wait(None if until is None else max(0.0, until - time.monotonic())):

@@ -7,14 +7,20 @@ implements them (`Worker.payload_hook`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from distgrad._codec import Frame
 
 if TYPE_CHECKING:
     from distgrad._core import Tensor
     from distgrad.rpc.worker import Worker
 
-__all__ = ["PayloadHook"]
+__all__ = ["Handler", "PayloadHook"]
+
+#: Called with (worker, sender id, frame, fields) for a message of its kind.
+Handler = Callable[["Worker", int, Frame, Any], Any]
 
 
 class PayloadHook(ABC):

@@ -38,12 +38,17 @@ class Links:
         Who the peers are, where they listen and how they prove it.
     poller
         Polls the connections.
+
+    Attributes
+    ----------
+    routes
+        Id of a peer to the connection for sending to it.
     """
 
     def __init__(self, world: World, poller: Any) -> None:
         self._world = world
         self._poller = poller
-        self._to: dict[int, Connection] = {}
+        self.routes: dict[int, Connection] = {}
         self._open: set[Connection] = set()
         self._adopting = threading.Lock()
         self._connecting: dict[int, threading.Lock] = {}
@@ -75,18 +80,18 @@ class Links:
         WorkerLostError
             If the peer is lost, has left, or cannot be reached.
         """
-        connection = self._to.get(peer)
+        connection = self.routes.get(peer)
         return connection if connection is not None else self._connect(peer)
 
     def _connect(self, peer: int) -> Connection:
         self._refuse_lost(peer)
         with self._connecting.setdefault(peer, threading.Lock()):
-            connection = self._to.get(peer)
+            connection = self.routes.get(peer)
             if connection is None:
                 connection = self._reach(peer)
                 self._adopt(connection, peer)
             self._refuse_lost(peer)
-            return self._to.get(peer, connection)
+            return self.routes.get(peer, connection)
 
     def _refuse_lost(self, peer: int) -> None:
         if peer in self.lost:
@@ -130,7 +135,7 @@ class Links:
             if connection.peer is None and not connection.closed and peer not in self.lost:
                 connection.peer = peer
                 self._open.add(connection)
-                self._to.setdefault(peer, connection)
+                self.routes.setdefault(peer, connection)
 
     def drop(self, connection: Connection, error: Exception | None) -> tuple[int, Exception] | None:
         """Note that a connection ended.
@@ -152,7 +157,7 @@ class Links:
             why = WorkerLostError(f"worker {name!r} is lost: {fact}")
         with self._adopting:  # from here on nobody sends to it, whatever else is connected
             self.lost[peer] = why
-            self._to.pop(peer, None)
+            self.routes.pop(peer, None)
             rest = {other for other in self._open if other.peer == peer}
             self._open -= rest
         for other in rest:
@@ -173,13 +178,13 @@ class Links:
     @property
     def connected(self) -> list[int]:
         """Ids of the peers that this worker sends to."""
-        return list(self._to)
+        return list(self.routes)
 
     def close(self, farewell: Callable[[int], object]) -> None:
         """Say goodbye to each peer and close everything."""
         for listener in self.listeners:
             listener.close()
-        for peer, connection in list(self._to.items()):
+        for peer, connection in list(self.routes.items()):
             try:
                 farewell(peer)
                 connection.close()
@@ -187,7 +192,7 @@ class Links:
                 connection.abort()
         for connection in list(self._open):
             connection.close()
-        self._to.clear()
+        self.routes.clear()
         self._open.clear()
         for peer in self.lost:
             self._tidy(peer)

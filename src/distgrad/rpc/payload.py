@@ -6,62 +6,15 @@ tensors that require grad, in slot order, for the autograd hook.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
 import numpy as np
 
 from distgrad import _codec
 from distgrad._core import Tensor
 from distgrad.config import config
+from distgrad.rpc._exchange import Session
 from distgrad.rpc.options import WorkerInfo
 
-if TYPE_CHECKING:
-    from distgrad.rpc.worker import Worker
-
 __all__ = ["Session", "apply_limits", "register_type"]
-
-
-class Session:
-    """What one message carries besides plain values.
-
-    Attributes
-    ----------
-    worker
-        The worker that encodes or decodes.
-    peer_id
-        The worker at the other end.
-    tensors
-        Tensors that require grad, each once, in slot order.
-    awaited
-        Futures that must be done before the message is served (set by RRef arguments).
-    undo
-        What to call if the message never leaves.
-    """
-
-    __slots__ = ("_slots", "awaited", "peer_id", "tensors", "undo", "worker")
-
-    def __init__(self, worker: Worker, peer_id: int) -> None:
-        self.worker = worker
-        self.peer_id = peer_id
-        self.tensors: list[Tensor] = []
-        self._slots: dict[int, int] | None = None
-        self.awaited: list[Any] | None = None
-        self.undo: list[Callable[[], None]] | None = None
-
-    def take_back(self) -> None:
-        """Undo what encoding recorded: the message never left."""
-        for undo in self.undo or ():
-            undo()
-
-    def slot_of(self, tensor: Tensor) -> int:
-        """Return the slot of a tensor in this message; a new one on first sight."""
-        if self._slots is None:
-            self._slots = {}
-        slot = self._slots.setdefault(id(tensor), len(self.tensors))
-        if slot == len(self.tensors):
-            self.tensors.append(tensor)
-        return slot
 
 
 def _unwrap(tensor: Tensor, session: Session | None) -> tuple[np.ndarray, bool, int]:

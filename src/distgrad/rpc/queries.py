@@ -41,7 +41,7 @@ def debug_info() -> dict[str, int]:
         "rpc.threads": agent.crew.thread_count,
         "rpc.connections": len(agent.links.connected),
         "rpc.bytes_sent": agent.bytes_sent,
-        "rpc.bytes_received": agent.inbox.nbytes,
+        "rpc.bytes_received": agent.bytes_received,
     }
     for extension in worker.extensions.values():
         if hasattr(extension, "debug_info"):

@@ -5,22 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Hashable
-from types import CoroutineType
 from typing import Any
 
-from distgrad import _codec
 from distgrad.config import config
-from distgrad.errors import SerializationError
 from distgrad.message import Call, code_of
-from distgrad.rpc.activity import Activity, activity
+from distgrad.rpc._exchange import Handling, call_function, serve_call
+from distgrad.rpc._future import RpcFuture
+from distgrad.rpc.activity import Activity
 from distgrad.rpc.agent import Agent
 from distgrad.rpc.exposure import Exposure
-from distgrad.rpc.functions import answers_later
 from distgrad.rpc.future import Future
-from distgrad.rpc.hooks import PayloadHook
-from distgrad.rpc.inbox import Handler
+from distgrad.rpc.hooks import Handler, PayloadHook
 from distgrad.rpc.options import RpcBackendOptions, WorkerInfo
-from distgrad.rpc.pending import RpcFuture
 from distgrad.rpc.world import World
 from distgrad.transport._stream import Poller
 
@@ -63,7 +59,7 @@ class Worker:
         self.agent.crew.base_activity = Activity(self)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_lock = threading.Lock()
-        self.register(Call, _serve_call)
+        self.register(Call, serve_call)
 
     @property
     def closed(self) -> bool:
@@ -92,7 +88,7 @@ class Worker:
             user code, nor send messages that wait. Such a handler answers a request
             itself; it may return a task, which a serving thread runs next.
         """
-        self.agent.inbox.handlers[code_of(kind)] = (handler, inline)
+        self.agent.handlers[code_of(kind)] = Handling(kind, handler, inline)
 
     def request(
         self, to: int, body: Any, *, timeout: float | None = None, chain: int = 0, what: str = ""
@@ -116,55 +112,14 @@ class Worker:
         """Run a task on the thread that waits for ``chain``, or on a serving thread."""
         self.agent.submit(task, chain)
 
-    # --- serving -------------------------------------------------------------------------
-
-    def serve(
-        self,
-        handler: Handler,
-        peer: int,
-        frame: _codec.Frame,
-        body: tuple[Any, ...],
-        deadline: float | None,
-    ) -> None:
-        """Run the handler of a request and send its answer. Called by serving threads."""
-        activity.set(Activity(self, frame.chain, deadline))
-        if frame.context_id and self.payload_hook is not None:
-            with self.payload_hook.entered(self, frame.context_id):
-                self._answer(peer, frame.request_id, handler(self, peer, frame, body))
-        else:
-            self._answer(peer, frame.request_id, handler(self, peer, frame, body))
-
-    def _answer(self, peer: int, request_id: int, value: Any) -> None:
-        if not request_id:
-            return
-        if isinstance(value, Future):
-            value.add_done_callback(lambda future: self._answer_with(peer, request_id, future))
-        else:
-            self.agent.reply(peer, request_id, value)
-
-    def _answer_with(self, peer: int, request_id: int, future: Future) -> None:
-        error = future.exception()
-        if error is None:
-            self.agent.reply(peer, request_id, future.result())
-        else:
-            self.agent.reply_error(peer, request_id, error)
-
     def call_function(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Call an exposed function as its decorators ask: now, later, or on the event loop.
+        """Call an exposed function; see `distgrad.rpc._exchange.call_function`."""
+        return call_function(self, function, args, kwargs)
 
-        Returns
-        -------
-        object
-            The value, or a `Future` where the answer comes later.
-        """
-        value = function(*args, **kwargs) if kwargs else function(*args)
-        if type(value) is CoroutineType:
-            return self._run_on_loop(value)
-        if isinstance(value, Future) != answers_later(function):
-            raise _wrong_promise(function, value)
-        return value
+    # --- the event loop -------------------------------------------------------------------
 
-    def _run_on_loop(self, coroutine: Coroutine[Any, Any, Any]) -> Future:
+    def run_on_loop(self, coroutine: Coroutine[Any, Any, Any]) -> Future:
+        """Run a coroutine on the event loop of this worker; return a `Future` of its result."""
         answer = Future(agent=self.agent)
 
         def finished(task: asyncio.Task[Any]) -> None:
@@ -207,21 +162,3 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
         loop.run_forever()
     finally:
         loop.close()
-
-
-def _serve_call(worker: Worker, peer: int, frame: _codec.Frame, body: tuple[Any, ...]) -> Any:
-    name, args, kwargs = body
-    return worker.call_function(worker.exposure.resolve(name), args, kwargs)
-
-
-def _wrong_promise(function: Any, value: Any) -> Exception:
-    name = f"{function.__module__}.{function.__qualname__}"
-    if isinstance(value, Future):
-        return SerializationError(
-            f"cannot send the result of {name}: it is a Future",
-            hint="decorate the function with rpc.functions.async_execution",
-        )
-    return TypeError(
-        f"cannot answer with the result of {name}: a function decorated with async_execution "
-        f"returns a Future, not {type(value).__name__}"
-    )

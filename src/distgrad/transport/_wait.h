@@ -27,7 +27,7 @@ static inline double distgrad_now(void)
 
 /* epoll_wait with a time-out to the nanosecond where kernel (5.11) and sandbox allow it, else
    to the next millisecond. */
-static int distgrad_epoll_wait(int fd, struct epoll_event *events, int most, double timeout_s)
+static inline int distgrad_epoll_wait(int fd, struct epoll_event *events, int most, double timeout_s)
 {
 #ifdef SYS_epoll_pwait2
     static int missing = 0;

@@ -1,0 +1,14 @@
+"""What the current thread or task is doing, and for which worker, at C level."""
+
+
+cdef class Activity:
+    cdef readonly object worker    # the current worker
+    cdef readonly object chain     # id of the chain of nested synchronous calls; 0 outside a call
+    cdef double until              # when the served call's caller gives up (monotonic s); or inf
+
+
+# What the current thread or task does; None in threads that never touched rpc.
+cdef Activity current_activity()
+
+# Make it what the current context does.
+cdef int enter_activity(Activity now) except -1

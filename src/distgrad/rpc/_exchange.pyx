@@ -1,0 +1,585 @@
+# cython: auto_pickle=False, autotestdict=False
+"""What every call does: send a request, serve it, answer it, take the answer in.
+
+E1  Messages are decoded in the order of their arrival, so that what they record is recorded
+    in that order.
+E2  An answer counts only if it comes from the peer that was asked.
+E3  Bad bytes end the connection they came on, and nothing else.
+E4  An event is taken in once: an exception that no message causes, such as KeyboardInterrupt,
+    leaves it in the list unless it has had its effect (`settled`).
+"""
+
+from types import CoroutineType
+
+from cpython.object cimport PyObject_Call
+from libc.math cimport INFINITY
+from libc.stdint cimport uint8_t, uint64_t
+
+from distgrad._codec cimport HEADER_NBYTES, Frame, Outgoing, decode_message, encode_message
+from distgrad.rpc._activity cimport Activity, current_activity, enter_activity
+from distgrad.rpc._crew cimport CrewCore, Job
+from distgrad.rpc._future cimport IS_DONE, IS_PENDING, Future, PendingRequests, RpcFuture
+
+from distgrad.errors import (
+    ProtocolError,
+    RpcTimeoutError,
+    SerializationError,
+    TransportError,
+    WorkerLostError,
+)
+from distgrad.message import Call, Error, Reply, code_of
+from distgrad.rpc.activity import current_worker
+from distgrad.rpc.exposure import name_of
+from distgrad.rpc.functions import answers_later
+from distgrad.rpc.options import UNSET_RPC_TIMEOUT
+
+cimport cython
+
+cdef extern from "transport/_wait.h":
+    double now_s "distgrad_now"() noexcept nogil
+
+cdef uint8_t CALL = code_of(Call), REPLY = code_of(Reply), ERROR = code_of(Error)
+cdef double UNSET = UNSET_RPC_TIMEOUT
+cdef object Coroutine = CoroutineType
+
+
+@cython.final
+@cython.freelist(16)
+cdef class Session:
+    """What one message carries besides plain values.
+
+    Parameters
+    ----------
+    worker
+        The worker that encodes or decodes.
+    peer_id
+        The worker at the other end.
+
+    Attributes
+    ----------
+    tensors
+        Tensors that require grad, each once, in slot order.
+    awaited
+        Futures that must be done before the message is served (set by RRef arguments).
+    undo
+        What to call if the message never leaves.
+    """
+
+    def __init__(self, worker, int peer_id):
+        self.worker = worker
+        self.peer_id = peer_id
+        self.tensors = []
+
+    def take_back(self):
+        """Undo what encoding recorded: the message never left."""
+        self.drop()
+
+    cdef int drop(self) except -1:
+        if self.undo is not None:
+            for undo in self.undo:
+                undo()
+        return 0
+
+    def slot_of(self, tensor):
+        """Return the slot of a tensor in this message; a new one on first sight."""
+        if self.slots is None:
+            self.slots = {}
+        slot = self.slots.setdefault(id(tensor), len(self.tensors))
+        if slot == len(self.tensors):
+            self.tensors.append(tensor)
+        return slot
+
+
+cdef inline Session new_session(object worker, int peer):
+    cdef Session session = Session.__new__(Session)
+    session.worker = worker
+    session.peer_id = peer
+    session.tensors = []
+    return session
+
+
+@cython.final
+cdef class Handling:
+    """Who handles the messages of one kind."""
+
+    def __init__(self, kind, handler, bint inline):
+        self.kind = kind
+        self.handler = handler
+        self.inline = inline
+        self.num_fields = len(kind._fields)
+
+
+cdef class Exchange:
+    """Sends requests and answers, and takes in what the poller of a worker returns.
+
+    `Agent` completes it with what is rare.
+    """
+
+    def _assemble(self, worker, links, CrewCore crew not None, PendingRequests pending not None):
+        """Put the parts together."""
+        self.worker = worker
+        self.links = links
+        self.routes = links.routes
+        self.crew = crew
+        self.pending = pending
+        self.handlers = {}
+        self.ids = {info.name: info.id for info in worker.world.infos}
+        self.num_workers = len(self.ids)
+        self.last_id = <uint64_t>worker.id << 48
+
+    def new_id(self):
+        """Return an id that no other worker of this world makes: 16 bits worker, 48 counter."""
+        self.last_id += 1
+        return self.last_id
+
+    def submit(self, task, chain=None):
+        """Run a task: on the thread that waits for ``chain``, or on a serving thread."""
+        self.crew.accept(task, chain)
+
+    # --- sending ----------------------------------------------------------------------------
+
+    def request(
+        self, int to, uint8_t kind, tuple body not None, *, double timeout, chain=0, str what=""
+    ):
+        """Send a message that is answered.
+
+        Parameters
+        ----------
+        to
+            Id of the receiver.
+        kind
+            Code of the message.
+        body
+            Its fields.
+        timeout
+            Seconds until the request fails; 0 for never.
+        chain
+            Chain of nested calls that this one continues; 0 starts a new one.
+        what
+            Names the request in errors.
+
+        Raises
+        ------
+        SerializationError
+            If the body cannot be sent; nothing was sent then.
+        WorkerLostError
+            If the receiver is lost.
+        """
+        return self.issue(to, kind, body, timeout, chain, what)
+
+    cdef RpcFuture issue(
+        self, int to, uint8_t kind, tuple body, double timeout, object chain, str what
+    ):
+        cdef Session session = new_session(self.worker, to)
+        cdef RpcFuture future = RpcFuture.__new__(RpcFuture)
+        cdef Outgoing message
+        self.last_id += 1
+        future.request_id = self.last_id
+        future.desk = self.crew
+        future.pending = self.pending
+        future.peer = to
+        future.what = what
+        future.chain = chain or future.request_id
+        future.context_id = future.message_id = 0
+        future.timeout = timeout
+        future.deadline = INFINITY
+        try:
+            message = encode_message(kind, body, session)
+            connection = self.route(to)
+            self.compose(future, message, session)
+        except BaseException:
+            session.drop()
+            raise
+        # In the table before its deadline is set: a tick looks through it.
+        self.pending.requests[future.request_id] = future
+        if timeout > 0.0:
+            future.deadline = now_s() + timeout
+            if future.deadline < self.crew.wake_at:
+                self.tick_by(future.deadline)
+        self.issued += 1
+        try:
+            self.transmit(connection, message)
+        except TransportError:
+            self.pending.take(future)
+            session.drop()
+            self._take_back(future.context_id, future.message_id)
+            raise
+        return future
+
+    cdef int compose(self, RpcFuture future, Outgoing message, Session session) except -1:
+        """Fill in the header; the autograd hook records the message."""
+        message.request_id = future.request_id
+        message.chain = future.chain
+        if future.timeout > 0.0:
+            message.deadline_us = <uint64_t>min(max(future.timeout * 1e6, 1.0), 4294967295.0)
+        hook = self.worker.payload_hook
+        if hook is not None:
+            future.context_id, future.message_id = hook.outgoing(
+                self.worker, future.peer, session.tensors, False
+            )
+            message.context_id = future.context_id
+            message.message_id = future.message_id
+        return 0
+
+    def tick_by(self, double when):
+        """Have ``ticks`` called by the polling thread at ``when`` (`time.monotonic`) or before.
+
+        Any thread may call this, also from a destructor: it takes no lock.
+        """
+        if when < self.crew.wake_at:
+            self.crew.wake_at = when
+            self.crew.poller.wake()
+
+    cdef int transmit(self, object connection, Outgoing message) except -1:
+        try:
+            sent = connection.send(message)
+        except TransportError as error:
+            name = self.worker.world.name_of(connection.peer)
+            raise WorkerLostError(f"cannot send to worker {name!r}: {error}") from error
+        self.bytes_sent += <uint64_t>(message.head_nbytes + message.payload_nbytes)
+        if not sent and not self.crew.polls_here():
+            self.crew.drain(connection)
+        return 0
+
+    cdef object route(self, int peer):
+        """Return the connection for sending to a peer; connects on first use."""
+        connection = self.routes.get(peer)
+        return connection if connection is not None else self.links.to(peer)
+
+    def send(self, connection, Outgoing message not None):
+        """Send a message; waits while the kernel is full, unless this thread polls.
+
+        Raises
+        ------
+        WorkerLostError
+            If the connection is closed.
+        """
+        self.transmit(connection, message)
+
+    def post(self, int to, uint8_t kind, tuple body not None, *, context_id=0):
+        """Send a one-way message.
+
+        Raises
+        ------
+        WorkerLostError
+            If the receiver is lost.
+        """
+        cdef Session session = new_session(self.worker, to)
+        cdef Outgoing message
+        try:
+            message = encode_message(kind, body, session)
+            message.context_id = context_id
+            self.transmit(self.route(to), message)
+        except Exception:
+            session.drop()
+            raise
+
+    def reply(self, int to, request_id, value):
+        """Answer a request with a value, or with an `Error` if the value cannot be sent."""
+        cdef Session session = new_session(self.worker, to)
+        cdef Outgoing message
+        try:
+            message = encode_message(REPLY, (value,), session)
+        except Exception as error:
+            session.drop()
+            self.reply_error(to, request_id, error)
+            return
+        message.request_id = request_id
+        hook = self.worker.payload_hook
+        if hook is not None and session.tensors:
+            message.context_id, message.message_id = hook.outgoing(
+                self.worker, to, session.tensors, True
+            )
+        self.handled += 1
+        try:
+            self.transmit(self.route(to), message)
+        except TransportError as error:     # nobody is left to answer
+            session.drop()
+            self._answer_lost(error, message.context_id, message.message_id)
+
+    def reply_with(self, int to, request_id, uint8_t kind, tuple body not None):
+        """Answer a request with a message of another kind than `Reply`."""
+        cdef Outgoing message = encode_message(kind, body, None)
+        message.request_id = request_id
+        self.handled += 1
+        try:
+            self.transmit(self.route(to), message)
+        except TransportError as error:
+            self._answer_lost(error, 0, 0)
+
+    def count_handled(self):
+        """Count a request that ended without an answer."""
+        self.handled += 1
+
+    cdef int answer(self, int peer, object request_id, object value) except -1:
+        if not request_id:
+            return 0
+        if isinstance(value, Future):
+            self._answer_later(peer, request_id, value)
+        else:
+            self.reply(peer, request_id, value)
+        return 0
+
+    def _answer_later(self, int peer, request_id, Future value):
+        def completed(Future future):
+            if future.exception() is None:
+                self.reply(peer, request_id, future.outcome())
+            else:
+                self.reply_error(peer, request_id, future.exception())
+
+        value.add_done_callback(completed)
+
+    cdef int resolve_id(self, object to) except -1:
+        """Return the id of a worker given by name, id or `WorkerInfo`."""
+        if type(to) is int:
+            if 0 <= to < self.num_workers:
+                return to
+        elif type(to) is str:
+            found = self.ids.get(to)
+            if found is not None:
+                return found
+        return self.worker.world.id_of(to)
+
+    # --- receiving: the thread that polls ------------------------------------------------------
+
+    def on_events(self, list events not None):
+        """Take in what the poller returned, and remove it from the list."""
+        cdef Py_ssize_t taken = 0
+        try:
+            for connection, item in events:
+                self.settled = False
+                if isinstance(item, Frame):
+                    self.on_frame(connection, <Frame>item)
+                else:
+                    self._on_end(connection, item)
+                taken += 1
+        except BaseException:
+            del events[:taken + self.settled]
+            raise
+        events.clear()
+
+    cdef int on_frame(self, object connection, Frame frame) except -1:
+        cdef Handling handling
+        try:
+            peer = connection.peer
+            if peer is None:
+                peer = self.links.peer_of(connection)
+            self.bytes_received += HEADER_NBYTES + <uint64_t>len(frame.meta) + frame.payload_nbytes
+            if frame.kind == REPLY or frame.kind == ERROR:
+                return self.on_answer(peer, frame)
+            handling = self.handlers.get(frame.kind)
+            if handling is not None:
+                return self.on_request(peer, frame, handling)
+            self._on_control(peer, frame)
+        except Exception as error:
+            self._reject(connection, error)
+        return 0
+
+    cdef object decode(self, int peer, Frame frame, Session session):
+        body = decode_message(frame, session)
+        if frame.message_id:
+            hook = self.worker.payload_hook
+            if hook is not None:
+                hook.incoming(
+                    self.worker, peer, frame.context_id, frame.message_id, session.tensors
+                )
+        return body
+
+    cdef int on_answer(self, int peer, Frame frame) except -1:
+        cdef RpcFuture future = self.pending.find(frame.request_id, peer)
+        cdef Session session = new_session(self.worker, peer)
+        body = self.decode(peer, frame, session)
+        self.settled = True
+        if future is None:
+            return 0    # timed out or cancelled meanwhile; what it recorded stays recorded
+        if session.awaited is not None:
+            self._take_answer_later(session.awaited, future, frame, body)
+            return 0
+        return self.take_answer(future, frame, body)
+
+    def _take_answer_later(self, list awaited, RpcFuture future, Frame frame, body):
+        self._after(awaited, lambda: self.take_answer(future, frame, body))
+
+    cdef int take_answer(self, RpcFuture future, Frame frame, object body) except -1:
+        if frame.kind == REPLY:
+            if type(body) is not tuple or len(<tuple>body) != 1:
+                raise ProtocolError("cannot read a Reply message: it has other fields")
+            if self.pending.take(future):
+                future._try_complete(IS_DONE, (<tuple>body)[0])
+        else:
+            self._take_error(future, body)
+        return 0
+
+    cdef int on_request(self, int peer, Frame frame, Handling handling) except -1:
+        cdef Session session = new_session(self.worker, peer)
+        cdef Served served
+        task = None
+        try:
+            body = self.decode(peer, frame, session)
+        except ProtocolError:
+            raise
+        except Exception as error:
+            if not frame.request_id:
+                raise
+            self._refuse(peer, frame.request_id, error)
+            return 0
+        if type(body) is not tuple or len(<tuple>body) != handling.num_fields:
+            raise ProtocolError(
+                f"cannot read a {handling.kind.__name__} message: it has other fields"
+            )
+        self.settled = True
+        if handling.inline:
+            task = handling.handler(self.worker, peer, frame, body)
+            if task is None:
+                return 0
+        else:
+            served = Served.__new__(Served)
+            served.exchange = self
+            served.handler = handling.handler
+            served.peer = peer
+            served.frame = frame
+            served.body = body
+            served.until = now_s() + frame.deadline_us * 1e-6 if frame.deadline_us else INFINITY
+            task = served
+        if session.awaited is not None:
+            self._submit_later(session.awaited, task, frame.chain)
+        else:
+            self.crew.accept(task, frame.chain)
+        return 0
+
+    def _submit_later(self, list awaited, task, chain):
+        self._after(awaited, lambda: self.crew.accept(task, chain))
+
+
+# --- serving ------------------------------------------------------------------------------------
+
+@cython.final
+cdef class Served(Job):
+    """A request that waits for, or is in, the hands of a serving thread."""
+
+    cdef int perform(self) except -1:
+        cdef Exchange exchange = self.exchange
+        if self.until < INFINITY and now_s() > self.until:
+            exchange.handled += 1   # the caller gave up already
+            return 0
+        try:
+            self.serve()
+        except BaseException as error:
+            if not self.frame.request_id:
+                raise
+            exchange.reply_error(self.peer, self.frame.request_id, error)
+            if not isinstance(error, Exception):
+                raise
+        return 0
+
+    cdef int serve(self) except -1:
+        """Run the handler as the call that it serves, and send its answer."""
+        cdef Exchange exchange = self.exchange
+        cdef Frame frame = self.frame
+        cdef Activity now = Activity.__new__(Activity)
+        worker = exchange.worker
+        now.worker = worker
+        now.chain = frame.chain
+        now.until = self.until
+        enter_activity(now)
+        hook = worker.payload_hook if frame.context_id else None
+        if hook is None:
+            value = self.handler(worker, self.peer, frame, self.body)
+            return exchange.answer(self.peer, frame.request_id, value)
+        with hook.entered(worker, frame.context_id):
+            value = self.handler(worker, self.peer, frame, self.body)
+            exchange.answer(self.peer, frame.request_id, value)
+        return 0
+
+
+def serve_call(worker, peer, frame, body):
+    """Handle a `Call`: run the function that it names."""
+    cdef str name
+    name, args, kwargs = body
+    return call_function(worker, worker.exposure.resolve(name), args, kwargs)
+
+
+cpdef object call_function(worker, function, args, kwargs):
+    """Call an exposed function as its decorators ask: now, later, or on the event loop.
+
+    Returns
+    -------
+    object
+        The value, or a `Future` where the answer comes later.
+    """
+    value = function(*args, **kwargs) if kwargs else function(*args)
+    if type(value) is Coroutine:
+        return worker.run_on_loop(value)
+    if isinstance(value, Future) != answers_later(function):
+        raise _wrong_promise(function, value)
+    return value
+
+
+def _wrong_promise(function, value):
+    name = f"{function.__module__}.{function.__qualname__}"
+    if isinstance(value, Future):
+        return SerializationError(
+            f"cannot send the result of {name}: it is a Future",
+            hint="decorate the function with rpc.functions.async_execution",
+        )
+    return TypeError(
+        f"cannot answer with the result of {name}: a function decorated with async_execution "
+        f"returns a Future, not {type(value).__name__}"
+    )
+
+
+# --- calling --------------------------------------------------------------------------------
+
+def place_call(to, func, args, kwargs, double timeout, bint nested):
+    """Send a call of the current worker; see `rpc_sync` for what the arguments mean.
+
+    Parameters
+    ----------
+    nested
+        Whether the call continues the chain of the one that is being served.
+
+    Returns
+    -------
+    RpcFuture
+        The answer.
+    """
+    cdef Activity now = current_activity()
+    cdef Exchange exchange
+    if now is not None and not (<Exchange?>now.worker.agent).closed:
+        exchange = now.worker.agent
+    else:
+        exchange = current_worker().agent
+    cdef str name = name_of(func)
+    cdef int peer = exchange.resolve_id(to)
+    return exchange.issue(
+        peer,
+        CALL,
+        (name, () if args is None else tuple(args), dict(kwargs) if kwargs else None),
+        allowed_timeout(exchange.worker, timeout, name),
+        now.chain if nested and now is not None else 0,
+        "call " + name,
+    )
+
+
+cpdef double allowed_timeout(worker, double timeout, str what) except? -1.0:
+    """Return how long a new call may take: what is asked for, and within the call served.
+
+    Raises
+    ------
+    ValueError
+        If the timeout is negative.
+    RpcTimeoutError
+        If the call being served has expired.
+    """
+    cdef Activity now = current_activity()
+    cdef double left
+    if timeout < 0.0:
+        if timeout != UNSET:
+            raise ValueError(f"cannot call {what} with timeout={timeout!r}: it is negative")
+        timeout = worker.options.rpc_timeout
+    if now is None or now.until == INFINITY:
+        return timeout
+    left = now.until - now_s()
+    if left <= 0.0:
+        raise RpcTimeoutError(f"cannot call {what}: the call being served here has expired")
+    return min(timeout, left) if timeout > 0.0 else left
