@@ -16,6 +16,7 @@ import os
 import platform
 import selectors
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -101,6 +102,7 @@ class System:
         except RuntimeError as error:
             self.missing = str(error)
             return
+        self.talk.pause(not self.mpi)
         self.version = hello.get("ready", "")
         self.missing = hello.get("missing", "")
         self.cases = frozenset(hello.get("cases", ()))
@@ -120,8 +122,10 @@ class System:
         """Seconds of one repetition of ``case``, the median over about ``budget_s``."""
         if self.talk is None:
             raise RuntimeError(f"cannot measure {self.name}: not started")
+        self.talk.resume()
         self.talk.send({"case": case.key, "budget_s": budget_s})
         answer = self.talk.receive(timeout_s=60 + 10 * budget_s)
+        self.talk.pause(not self.mpi)
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return float(answer["seconds"])
@@ -141,9 +145,23 @@ class Conversation:
             stdout=subprocess.PIPE,
             stderr=None if os.environ.get("BENCH_VERBOSE") else subprocess.DEVNULL,
             cwd=PEERS,
+            process_group=0,
         )
         self.requests: Any = self.process.stdin
         self.answers: Any = self.process.stdout
+
+    def pause(self, pausable: bool) -> None:
+        """Stop the peer's processes: some poll while idle, at the cost of whoever is measured.
+
+        MPI programs are left alone; their launcher would take it for a failure.
+        """
+        if pausable and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let the peer's processes go on."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGCONT)
 
     def send(self, request: dict[str, Any]) -> None:
         self.requests.write(json.dumps(request).encode() + b"\n")
@@ -163,6 +181,7 @@ class Conversation:
 
     def close(self) -> None:
         """Hang up, and end the process if that does not."""
+        self.resume()
         with contextlib.suppress(BrokenPipeError):
             self.requests.close()
         try:
