@@ -2,6 +2,8 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from typing import Any, final
 
+from typing_extensions import disjoint_base
+
 from distgrad.rpc._activity import Activity
 from distgrad.rpc._future import Desk
 from distgrad.rpc._leader import Leadership
@@ -11,9 +13,11 @@ from distgrad.transport._stream import Poller
 class Waiter:
     def wake(self) -> None: ...
 
+@disjoint_base
 class Job:
     def __call__(self) -> None: ...
 
+@disjoint_base
 class CrewCore(Desk):
     base_activity: Activity | None
     wake_at: float

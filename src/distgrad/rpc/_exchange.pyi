@@ -1,6 +1,8 @@
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, final
 
+from typing_extensions import disjoint_base
+
 from distgrad._codec import Frame, Outgoing
 from distgrad._core import Tensor
 from distgrad.rpc._crew import Job
@@ -42,6 +44,7 @@ class Served(Job):
     @property
     def frame(self) -> Frame: ...
 
+@disjoint_base
 class Exchange:
     closed: bool
     def _assemble(

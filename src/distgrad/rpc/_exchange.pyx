@@ -31,7 +31,7 @@ from distgrad.message import Call, Error, Reply, code_of
 from distgrad.rpc.activity import current_worker
 from distgrad.rpc.exposure import name_of
 from distgrad.rpc.functions import answers_later
-from distgrad.rpc.options import UNSET_RPC_TIMEOUT
+from distgrad.rpc import options
 
 cimport cython
 
@@ -39,7 +39,7 @@ cdef extern from "transport/_wait.h":
     double now_s "distgrad_now"() noexcept nogil
 
 cdef uint8_t CALL = code_of(Call), REPLY = code_of(Reply), ERROR = code_of(Error)
-cdef double UNSET = UNSET_RPC_TIMEOUT
+cdef double UNSET = options.UNSET_RPC_TIMEOUT
 cdef object Coroutine = CoroutineType
 
 

@@ -1,15 +1,19 @@
 from collections.abc import Callable, Generator, Hashable
 from typing import Any, final
 
+from typing_extensions import disjoint_base
+
 from distgrad.rpc.agent import Agent
 
 PENDING: int
 DONE: int
 FAILED: int
 
+@disjoint_base
 class Desk:
     closed: bool
 
+@disjoint_base
 class Future:
     chain: Hashable
     _observed: bool

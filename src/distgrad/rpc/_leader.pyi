@@ -1,7 +1,10 @@
 from typing import Self
 
+from typing_extensions import disjoint_base
+
 from distgrad.transport._stream import Poller
 
+@disjoint_base
 class Leadership:
     work: int
     taken: int

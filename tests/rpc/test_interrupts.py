@@ -1,0 +1,159 @@
+"""Ctrl-C in every wait: real processes, real signals."""
+
+import os
+import random
+import signal
+import threading
+import time
+
+import pytest
+
+from distgrad import rpc
+from distgrad.testing import World
+
+gate = threading.Event()
+
+
+@rpc.expose
+def echo(value):
+    return value
+
+
+@rpc.expose
+def wait_for_gate():
+    return gate.wait(30)
+
+
+@rpc.expose
+def open_gate():
+    gate.set()
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def pair(request):
+    gate.clear()
+    with World(2, transport=request.param) as world:
+        yield world
+
+
+def interrupt_soon():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    return timer
+
+
+def is_interrupted(wait):
+    timer = interrupt_soon()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        wait()
+    timer.join()
+    assert time.monotonic() - start < 10
+    return True
+
+
+def interrupt_leader(rank):
+    assert is_interrupted(lambda: rpc.rpc_sync(1, wait_for_gate))
+    rpc.rpc_sync(1, open_gate)
+    return rpc.rpc_sync(1, echo, (3,))
+
+
+def test_interrupt_of_thread_that_polls_leaves_a_worker_that_works(pair):
+    assert pair.run(interrupt_leader, ranks=[0]) == [3]
+
+
+def interrupt_follower(rank):
+    blocked = rpc.rpc_async(1, wait_for_gate)
+    leader = threading.Thread(target=blocked.wait)
+    leader.start()
+    assert is_interrupted(lambda: blocked.wait(30))
+    rpc.rpc_sync(1, open_gate)
+    leader.join(10)
+    return rpc.rpc_sync(1, echo, (4,)), leader.is_alive()
+
+
+def test_interrupt_of_thread_that_follows_leaves_a_worker_that_works(pair):
+    assert pair.run(interrupt_follower, ranks=[0]) == [(4, False)]
+
+
+def interrupt_own_future(rank):
+    assert is_interrupted(rpc.Future().wait)
+    return rpc.rpc_sync(1, echo, (5,))
+
+
+def test_interrupt_of_wait_for_own_future_leaves_a_worker_that_works(pair):
+    assert pair.run(interrupt_own_future, ranks=[0]) == [5]
+
+
+def call_under_fire(rank):
+    """Call while interrupts arrive at any moment; what was interrupted is asked for again."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    over, shots = threading.Event(), 0
+
+    def shoot():
+        while not over.wait(random.Random(shots).uniform(0.0005, 0.003)):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    shooter = threading.Thread(target=shoot)
+    answers, future, i = [], None, 0
+    shooter.start()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    until = time.monotonic() + 3
+    while time.monotonic() < until:
+        try:
+            # An interrupted wait leaves the future as it was: its answer must still come.
+            future = future or rpc.rpc_async(1, echo, (i,), timeout=20)
+            value = future.wait(10)
+            answers.append(value == i)
+            future, i = None, i + 1
+        except KeyboardInterrupt:
+            shots += 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    over.set()
+    shooter.join(10)
+    last = rpc.rpc_sync(1, echo, ("after",))
+    return all(answers), len(answers) > 100, shots > 100, last
+
+
+def test_interrupts_at_any_moment_lose_no_answer(pair):
+    assert pair.run(call_under_fire, ranks=[0]) == [(True, True, True, "after")]
+
+
+class Fragile:
+    def __init__(self, value):
+        self.value = value
+
+
+interruptions = [0]
+
+
+def decode_fragile(value, session):
+    if interruptions[0]:
+        interruptions[0] -= 1
+        raise KeyboardInterrupt
+    return Fragile(value)
+
+
+rpc.register_type(Fragile, "test.Fragile", lambda item, session: item.value, decode_fragile)
+
+
+@rpc.expose
+def give_fragile(value):
+    return Fragile(value)
+
+
+def be_interrupted_while_decoding(rank):
+    interruptions[0] = 1
+    first = rpc.rpc_async(1, give_fragile, (1,))
+    second = rpc.rpc_async(1, give_fragile, (2,))
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            second.wait(10)
+            assert interruptions[0], "somebody else was interrupted"
+    return first.wait(10).value, second.wait(10).value
+
+
+def test_interrupt_while_an_answer_is_decoded_loses_neither_it_nor_the_next():
+    with World(2, transport="unix") as world:
+        assert world.run(be_interrupted_while_decoding, ranks=[0]) == [(1, 2)]

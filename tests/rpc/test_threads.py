@@ -1,0 +1,160 @@
+"""Threads of a worker: depth, starvation, blocked waiters, few processors."""
+
+import gc
+import os
+import resource
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from distgrad import rpc
+from distgrad.testing import World
+
+CALLS = int(os.environ.get("DISTGRAD_TEST_CALLS", "20000"))
+
+
+@rpc.expose
+def echo(value):
+    return value
+
+
+@rpc.expose
+def bounce(depth):
+    """Call back and forth between workers 0 and 1; return how deep it went."""
+    if depth == 0:
+        return 0
+    return 1 + rpc.rpc_sync(1 - rpc.get_worker_info().id, bounce, (depth - 1,))
+
+
+@rpc.expose
+def block_and_call_back(caller, depth, pause):
+    time.sleep(pause)
+    if depth == 0:
+        return 0
+    own = rpc.get_worker_info().id
+    return 1 + rpc.rpc_sync(caller, block_and_call_back, (own, depth - 1, pause))
+
+
+def call_very_deep(rank):
+    return rpc.rpc_sync(1 - rank, bounce, (1000,))
+
+
+@pytest.mark.parametrize("transport", ["inproc", "unix"])
+def test_calls_nested_a_thousand_deep_never_starve(transport):
+    with World(2, transport=transport) as world:
+        assert world.run(call_very_deep) == [1000, 1000]
+
+
+def call_blocking_both_ways(rank):
+    futures = [rpc.rpc_async(1 - rank, block_and_call_back, (rank, 5, 0.002)) for _ in range(64)]
+    return rpc.wait_all(futures, 50)
+
+
+@pytest.mark.parametrize("transport", ["inproc", "unix", "tcp"])
+def test_64_blocking_handlers_that_call_back_five_deep_do_not_deadlock(transport):
+    with World(2, transport=transport) as world:
+        assert world.run(call_blocking_both_ways) == [[5] * 64] * 2
+
+
+def wait_elsewhere_for_callback(rank):
+    called = threading.Event()
+    rpc.rpc_async(1 - rank, echo, (1,)).add_done_callback(lambda _: called.set())
+    return called.wait(20)  # not a wait of ours: nobody polls on behalf of this thread
+
+
+@pytest.mark.parametrize("transport", ["inproc", "unix"])
+def test_callback_runs_while_the_only_user_thread_is_blocked(transport):
+    with World(2, transport=transport) as world:
+        assert world.run(wait_elsewhere_for_callback) == [True, True]
+
+
+def wait_while_callback_blocks(rank):
+    released, seen = threading.Event(), []
+    future = rpc.rpc_async(1 - rank, echo, (7,))
+    ended = threading.Event()
+
+    def callback(future):
+        seen.append(released.wait(20))
+        ended.set()
+
+    future.add_done_callback(callback)
+    value = future.wait(20)  # must not wait for the callback, which waits for us
+    released.set()
+    return value, ended.wait(20), seen
+
+
+@pytest.mark.parametrize("transport", ["inproc", "unix"])
+def test_wait_returns_though_a_callback_blocks(transport):
+    with World(2, transport=transport) as world:
+        assert world.run(wait_while_callback_blocks) == [(7, True, [True])] * 2
+
+
+def use_little_time(rank):
+    for _ in range(50):
+        rpc.rpc_sync(1 - rank, echo, (1,))
+    before = time.process_time()
+    threading.Event().wait(1.0)
+    return time.process_time() - before
+
+
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_idle_workers_burn_no_processor_time(transport):
+    with World(2, transport=transport) as world:
+        world.run(use_little_time)
+        assert max(world.run(use_little_time)) < 0.2
+
+
+@pytest.fixture
+def one_cpu():
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
+
+
+def call_everybody(rank):
+    start = time.process_time()
+    futures = [rpc.rpc_async(to, echo, (rank,)) for to in range(6) for _ in range(100)]
+    assert rpc.wait_all(futures, 50) == [rank] * 600
+    values = [rpc.rpc_sync(to, echo, (i,)) for i in range(30) for to in range(6)]
+    return len(values), time.process_time() - start
+
+
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_six_workers_on_one_processor_neither_burn_nor_starve(one_cpu, transport):
+    with World(6, transport=transport) as world:
+        start = time.monotonic()
+        counts, spent = zip(*world.run(call_everybody), strict=True)
+        assert counts == (180,) * 6
+        assert time.monotonic() - start < 30
+        assert sum(spent) < 15
+
+
+def footprint():
+    gc.collect()
+    with open("/proc/self/statm") as file:
+        pages = int(file.read().split()[1])
+    return pages * resource.getpagesize(), len(os.listdir("/proc/self/fd"))
+
+
+def call_very_often(rank, count):
+    x = np.ones(1, np.float32)
+    for start in range(0, count, 1000):
+        if rank == 0:
+            for _ in range(800):
+                rpc.rpc_sync(1, echo, (x,))
+            rpc.wait_all([rpc.rpc_async(1, echo, (start,)) for _ in range(200)])
+    return footprint()
+
+
+@pytest.mark.deadline(max(60, CALLS // 1000))
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_many_calls_keep_memory_and_descriptors_flat(transport):
+    with World(2, transport=transport, timeout=max(60, CALLS // 1000)) as world:
+        before = world.run(call_very_often, 3000)
+        after = world.run(call_very_often, CALLS)
+    for (bytes_before, fds_before), (bytes_after, fds_after) in zip(before, after, strict=True):
+        assert fds_after == fds_before
+        assert bytes_after - bytes_before < 2_000_000
