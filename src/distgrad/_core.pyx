@@ -32,6 +32,7 @@ from distgrad.graph._node import (
     RemovableHandle,
     Spec,
     gradient_edge,
+    live_objects,
     operation,
     register,
     registered,
@@ -307,7 +308,8 @@ cdef class Tensor(TensorBase):
         retain_graph
             Keep saved values for another pass; default `create_graph`.
         create_graph
-            Record the pass itself, for higher derivatives.
+            Record the pass itself, for higher derivatives. ``.grad`` then holds a graph that
+            holds its leaf: set it to None when done, or use `distgrad.grad`.
         inputs
             Only these tensors get gradients.
         """
@@ -620,3 +622,5 @@ set_tensor_class(Tensor)
 
 # What this module cimports is not among its attributes by itself.
 globals().update({cls.__name__: cls for cls in (GraphTask, Node, Op)})
+if live_objects() is not None:
+    _debug_counts = live_objects

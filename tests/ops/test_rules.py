@@ -190,6 +190,12 @@ STEPS = (np.sign, np.floor, np.ceil, np.trunc, np.rint, np.round, np.imag)
 CURVED = [(case, i) for case, i in FLAT if case not in STEPS]
 
 
+def drawn(case: Any, number: int) -> Case:
+    """Return a case with tensors of its own, so that none outlives its test."""
+    function, arguments = CASES[case][number]
+    return function, tuple(dg.tensor(a.data, requires_grad=True) for a in arguments)
+
+
 def write(x: Tensor, index: Any, value: Tensor) -> Tensor:
     result = x.clone()
     result[index] = value
@@ -223,19 +229,19 @@ def test_rules_every_registered_function_has_a_check() -> None:
 
 @pytest.mark.parametrize(("case", "number"), FLAT, ids=lambda v: label(v))
 def test_rules_gradient_equals_differences(case: Any, number: int) -> None:
-    function, arguments = CASES[case][number]
+    function, arguments = drawn(case, number)
     assert gradcheck(function, arguments)
 
 
 @pytest.mark.parametrize(("case", "number"), CURVED, ids=lambda v: label(v))
 def test_rules_second_gradient_equals_differences(case: Any, number: int) -> None:
-    function, arguments = CASES[case][number]
+    function, arguments = drawn(case, number)
     assert gradgradcheck(function, arguments, atol=1e-4)
 
 
 @pytest.mark.parametrize(("case", "number"), FLAT, ids=lambda v: label(v))
 def test_rules_value_equals_numpy(case: Any, number: int) -> None:
-    function, arguments = CASES[case][number]
+    function, arguments = drawn(case, number)
     recorded = function(*arguments)
     with dg.no_grad():
         plain = function(*[a.detach() for a in arguments])

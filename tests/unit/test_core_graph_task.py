@@ -29,9 +29,15 @@ class Recv(Node):
     def __init__(self, *arrays: Any) -> None:
         super().__init__([], len(arrays))
         self.boundary = True
-        self.tensors = [dg.tensor(a) for a in arrays]
-        for slot, tensor in enumerate(self.tensors):
+        self._arrays = arrays
+
+    @property
+    def tensors(self) -> list[dg.Tensor]:
+        """Fresh tensors with this node as their history, which it does not hold."""
+        tensors = [dg.tensor(a) for a in self._arrays]
+        for slot, tensor in enumerate(tensors):
             set_history(tensor, self, slot)
+        return tensors
 
 
 def leaf(*values: float) -> dg.Tensor:

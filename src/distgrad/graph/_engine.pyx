@@ -16,8 +16,8 @@ from distgrad.graph._gradient cimport accumulate, add_gradients, fit, store_grad
 from distgrad.graph._kernels cimport GETITEM, RESHAPE, SUM, filled, small_gradient
 from distgrad.graph._node cimport (
     NEAR_ARGS, RECEIVES, RUNS, AccumulateGrad, Edge, Hooks, Node, OpNode, Storage, TensorBase,
-    Meta, check_fresh, edge_of, grad_mode, is_inexact, meta_dims, meta_dtype, meta_shape, new_spec,
-    same_meta, unwrap, wrap,
+    Meta, check_fresh, count_pass, edge_of, grad_mode, is_inexact, meta_dims, meta_dtype,
+    meta_shape, new_spec, same_meta, unwrap, wrap,
 )
 
 import numpy as np
@@ -183,6 +183,7 @@ cdef class GraphTask:
     """
 
     def __cinit__(self):
+        count_pass(1)
         self.failed_node = ""
 
     def __init__(self, roots, *, sends=(), retain_graph=None, create_graph=False, inputs=None,
@@ -204,6 +205,7 @@ cdef class GraphTask:
 
     def __dealloc__(self):
         cdef int i
+        count_pass(-1)
         if self.pending != NULL:
             for i in range(self.n_slots):
                 Py_XDECREF(self.pending[i])

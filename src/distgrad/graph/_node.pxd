@@ -22,6 +22,10 @@ cdef enum:
     NEAR_ARGS = 8       # arguments that a rule gets without an allocation
     RUNS = 1            # Visit.needed: its rules are run
     RECEIVES = 2        # Visit.needed: gradients for it are computed
+    TENSORS = 0         # books of a debug build: an index each
+    NODES = 1
+    BUFFERS = 2         # memory that is shared or written, one Storage each
+    PASSES = 3          # GraphTasks, with the gradients that they hold
     NEED_ANSWER = 1 << 31   # bit of a need mask: the rule reads the result
     NEED_ALL = 0xffffffff
 
@@ -116,6 +120,7 @@ cdef object grad_mode       # ContextVar: whether operations are recorded
 cdef dict OPS               # function on arrays -> Op
 cdef dict FUNCTIONS         # function -> callable on tensors
 
+cdef void count_pass(int change) noexcept
 cdef bint grad_enabled() except -1
 cdef void dg_drop(PyObject *object) noexcept
 cdef tuple meta_shape(Meta *meta)

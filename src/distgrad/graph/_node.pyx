@@ -67,11 +67,22 @@ cdef extern from *:
         return __atomic_add_fetch(&dg_sequence_counter, 1, __ATOMIC_RELAXED);
     }
 
+    /* Live-object books of a debug build. */
+    static Py_ssize_t dg_live[4];
+    static inline void dg_count(int kind, int change) {
+    #if DISTGRAD_DEBUG
+        __atomic_add_fetch(&dg_live[kind], change, __ATOMIC_RELAXED);
+    #endif
+    }
+
     static inline PyObject *dg_new(PyObject *type, PyObject *args) {
         return ((PyTypeObject *)type)->tp_new((PyTypeObject *)type, args, NULL);
     }
     """
     object dg_new(object type, tuple args)
+    void dg_count(int kind, int change) noexcept nogil
+    Py_ssize_t dg_live[4]
+    bint DISTGRAD_DEBUG
     void dg_release(PyObject *object) noexcept
     unsigned long long dg_next_sequence() noexcept nogil
 
@@ -88,6 +99,19 @@ cdef extern from "numpy/arrayobject.h":
     object array_from_scalar "PyArray_FromScalar" (object scalar, void *dtype)
 
 cdef object grad_mode = _grad_mode
+
+
+cdef void count_pass(int change) noexcept:
+    """Enter a pass that begins or ends into the books; for the engine."""
+    dg_count(PASSES, change)
+
+
+def live_objects():
+    """Return the number of live objects by kind; None in a build without books."""
+    if not DISTGRAD_DEBUG:
+        return None
+    return {"tensors": dg_live[TENSORS], "nodes": dg_live[NODES], "buffers": dg_live[BUFFERS],
+            "passes": dg_live[PASSES]}
 
 
 cdef void dg_drop(PyObject *object) noexcept:
@@ -158,13 +182,23 @@ cdef class Spec:
 cdef class TensorBase:
     """What a Tensor consists of; its behaviour is in tensor.pyx."""
 
+    def __cinit__(self):
+        dg_count(TENSORS, 1)
+
     def __dealloc__(self):
+        dg_count(TENSORS, -1)
         dg_release(self.node)
 
 
 @cython.final
 cdef class Storage:
     """Counts the writes to one piece of memory."""
+
+    def __cinit__(self):
+        dg_count(BUFFERS, 1)
+
+    def __dealloc__(self):
+        dg_count(BUFFERS, -1)
 
 
 @cython.final
@@ -220,6 +254,7 @@ cdef class Node:
     """
 
     def __cinit__(self):
+        dg_count(NODES, 1)
         self.edges = self.near_edges
         self.slots = &self.near_slot
         self.near_slot.ndim = -1
@@ -235,6 +270,7 @@ cdef class Node:
 
     def __dealloc__(self):
         cdef int i
+        dg_count(NODES, -1)
         for i in range(self.n_edges):
             dg_release(self.edges[i].node)
         for i in range(self.n_slots):
