@@ -7,8 +7,8 @@ writes one JSON request a line to standard input and reads one JSON answer a lin
     {"case": "echo_small", "budget_s": 0.3}  ->  {"seconds": 1.2e-05, "samples": 20000}
 
 Before that the peer says once what it is: ``{"ready": version, "cases": [...]}`` or
-``{"missing": reason}``. Between two requests a peer, its server included, must be idle, for
-another system is being measured meanwhile.
+``{"missing": reason}``. Between two requests a peer, its server included, is stopped by a
+signal, for another system is being measured meanwhile; only MPI's stay awake, and must sleep.
 """
 
 from __future__ import annotations

@@ -55,6 +55,7 @@ class TorchPeer(measure.Peer):
         self.large = torch.zeros(FLOATS_16MB)
         self.larger = torch.zeros(4 * FLOATS_16MB)
         self.large_leaf = torch.ones(FLOATS_16MB, requires_grad=True)
+        self.time_noop()
 
     def close(self) -> None:
         self.rpc.shutdown()
