@@ -240,17 +240,21 @@ def test_futures_of_calls_are_awaited_from_asyncio(transport):
         assert world.run(await_futures) == [list(range(1, 101))] * 2
 
 
-def leave_failures_unseen(rank):
+def leave_a_failure_unseen(peer):
+    future = rpc.rpc_async(peer, fail, ("unseen",))
+    settled = threading.Event()
+    future.add_done_callback(lambda _: settled.set(), inline=True)
+    assert settled.wait(20)
+    del future
+    rpc.rpc_sync(peer, add, (1, 1))  # whoever took the answer in has let go of it
+
+
+def watch_for_a_warning(rank):
     with pytest.warns(RuntimeWarning, match="never looked at: KeyError"):
-        future = rpc.rpc_async(1 - rank, fail, ("unseen",))
-        settled = threading.Event()
-        future.add_done_callback(lambda _: settled.set(), inline=True)
-        assert settled.wait(20)
-        del future
-        rpc.rpc_sync(1 - rank, add, (1, 1))  # whoever took the answer in has let go of it
+        leave_a_failure_unseen(1 - rank)
     return True
 
 
 def test_failure_that_nobody_looks_at_warns_when_it_is_freed():
     with World(2, transport="unix") as world:
-        assert world.run(leave_failures_unseen, ranks=[0]) == [True]
+        assert world.run(watch_for_a_warning, ranks=[0]) == [True]
