@@ -55,7 +55,8 @@ cdef int run_before(Node node, list grads, bint create) except -1:
         if grads[slot] is None:
             continue
         if slot in node.hooks.tensor:
-            grads[slot] = hooked(node.hooks.tensor[slot], grads[slot], create)
+            gradient = hooked(node.hooks.tensor[slot], grads[slot], create)
+            grads[slot] = fit(gradient, &node.slots[slot], node, create)
         reference = node.hooks.retained.get(slot)
         tensor = reference() if reference is not None else None
         if tensor is not None:
@@ -64,7 +65,18 @@ cdef int run_before(Node node, list grads, bint create) except -1:
     for hook in list(node.hooks.before):
         result = hook(tuple([as_tensor(gradient) for gradient in grads]))
         if result is not None:
-            grads[:] = [gradient if create else unwrap(gradient) for gradient in result]
+            check_count("pre-hook", node, result, len(grads))
+            grads[:] = [
+                None if gradient is None else fit(gradient, &node.slots[slot], node, create)
+                for slot, gradient in enumerate(result)
+            ]
+    return 0
+
+
+cdef int check_count(str what, Node node, object results, Py_ssize_t n) except -1:
+    if len(results) != n:
+        raise GraphError(f"cannot use what a {what} of {node.name()} returned: "
+                         f"{len(results)} gradients instead of {n}")
     return 0
 
 
@@ -74,6 +86,7 @@ cdef object run_after(Node node, object results, list grads, bint create):
     for hook in list(node.hooks.after):
         replaced = hook(tuple([as_tensor(gradient) for gradient in results]), outputs)
         if replaced is not None:
+            check_count("hook", node, replaced, len(results))
             results = replaced
     return results
 
@@ -583,6 +596,8 @@ cdef class GraphTask:
         if all([gradient is None for gradient in grads]):
             if node.boundary:
                 self.complete.append((node, None))
+            if type(node) is AccumulateGrad and node.hooks is not None:
+                return self.step_leaf(index, <AccumulateGrad>node, grads)
             return self.skip(index)
         if type(node) is AccumulateGrad:
             return self.step_leaf(index, <AccumulateGrad>node, grads)
@@ -613,22 +628,25 @@ cdef class GraphTask:
         return 0
 
     cdef int step_leaf(self, int index, AccumulateGrad node, list grads) except -1:
-        """A leaf with hooks, or in a pass with inputs."""
+        """A leaf with hooks, or in a pass with inputs; its node's hooks run without gradient too."""
         cdef Hooks hooks = node.variable.hooks
         cdef dict wanted = self.wanted
-        if hooks is not None and 0 in hooks.tensor:
+        if hooks is not None and 0 in hooks.tensor and grads[0] is not None:
             grads[0] = hooked(hooks.tensor[0], grads[0], self.create)
         if node.hooks is not None:
             run_before(node, grads, self.create)
-        gradient = fit(grads[0], &node.near_slot, node, self.create)
+        gradient = grads[0]
         grads[0] = None
+        if gradient is not None:
+            gradient = fit(gradient, &node.near_slot, node, self.create)
         if wanted is not None:
             self.capture(index, [gradient])
             return 0
-        accumulate(node, <PyObject *>gradient, self.table)
+        if gradient is not None:
+            accumulate(node, <PyObject *>gradient, self.table)
         if node.hooks is not None:
             run_after(node, (), [gradient], self.create)
-        if hooks is not None and self.table is None:
+        if hooks is not None and self.table is None and gradient is not None:
             for hook in list(hooks.stored):
                 hook(node.variable)
         return 0
