@@ -29,6 +29,13 @@ MODULES = {
     "distgrad.rpc._future": "src/distgrad/rpc/_future.pyx",
     "distgrad.rpc._crew": "src/distgrad/rpc/_crew.pyx",
     "distgrad.rpc._exchange": "src/distgrad/rpc/_exchange.pyx",
+    # Plain Python, compiled for speed; a .pxd beside some adds types.
+    "distgrad.autograd.closure": "src/distgrad/autograd/closure.py",
+    "distgrad.autograd.protocol": "src/distgrad/autograd/protocol.py",
+    "distgrad.autograd.pass_table": "src/distgrad/autograd/pass_table.py",
+    "distgrad.autograd.part": "src/distgrad/autograd/part.py",
+    "distgrad.autograd.recording": "src/distgrad/autograd/recording.py",
+    "distgrad.autograd.engine": "src/distgrad/autograd/engine.py",
 }
 
 

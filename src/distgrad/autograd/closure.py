@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """Who takes part in a pass, as its root learns from the reports."""
 
 from __future__ import annotations

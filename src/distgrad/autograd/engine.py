@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """Distributed autograd on one worker: its contexts, and the passes that run through them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """A worker's part of one autograd context: what it recorded, and its passes as they run.
 
 Threads record messages and bring events at any time. The events of a pass queue up in the
@@ -15,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, Protocol
 
 from distgrad.autograd.pass_table import PassTable
@@ -246,7 +248,7 @@ class Part:
     def _step(self, run: Run, snapshot: tuple[Any, ...] | None, events: deque[Event]) -> None:
         if snapshot is not None:
             nodes = snapshot[0].values()
-            run.begin(lambda: self.host.build(self, run, nodes), *snapshot)
+            run.begin(partial(self.host.build, self, run, nodes), *snapshot)
         while events:  # what follows an event that raises is answered later
             method, args = events.popleft()
             method(run, *args)

@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """The passes of one context on one worker: which run, which are over, who must be told.
 
 Nothing here performs input or output, as in `distgrad.autograd.protocol`.

@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """One worker's part of a distributed backward pass: events in, messages out.
 
 Nothing here performs input or output: no sockets, threads, clocks or randomness. A
@@ -363,7 +364,7 @@ class BackwardPass:
         self._drop_graph()
         peers = tuple(sorted(self._peers))
         if self._excluded:
-            peers += tuple(~worker for worker in self._excluded)
+            peers += tuple([~worker for worker in self._excluded])
         if self.closure is None:
             return peers
         self._on_report(self.worker, peers)

@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """What autograd records of the messages of the forward pass."""
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Recorder(PayloadHook):
             return context_id, 0
         node = SendRpcBackward(tensors, next(self._engine.message_ids), to_id)
         if config.trace_graph:
-            node.metadata["recorded at"] = "".join(traceback.format_stack()[:-2])
+            node.metadata["recorded at"] = "".join(traceback.format_stack())
         part.record_send(node)
         return context_id, node.message_id
 
