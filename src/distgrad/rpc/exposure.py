@@ -149,11 +149,16 @@ class Exposure:
         return cast("Callable[..., Any]", bound)
 
     def _offers_class(self, cls: type) -> bool:
-        return any(
-            _classes.get(f"{base.__module__}:{base.__qualname__}") is base
-            or base in self._own_classes
-            for base in cls.__mro__
-        ) or _is_own_value(cls)
+        if cls not in self._own_classes:
+            offered = any(
+                _classes.get(f"{base.__module__}:{base.__qualname__}") is base
+                or base in self._own_classes
+                for base in cls.__mro__
+            )
+            if not offered and not _is_own_value(cls):
+                return False
+            self._own_classes.add(cls)  # found once is found for good
+        return True
 
 
 def not_exposed(name: str, worker_name: str) -> NotExposedError:

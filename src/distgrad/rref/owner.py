@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -83,10 +82,13 @@ def _create(
     """Run the function that makes a value; what it raises becomes the outcome."""
     activity.set(Activity(worker, chain))
     hook = worker.payload_hook
-    context = hook.entered(worker, context_id) if hook and context_id else nullcontext()
     try:
-        with context:
-            value = worker.call_function(worker.exposure.resolve(function), args, kwargs)
+        target = worker.exposure.resolve(function)
+        if context_id and hook is not None:
+            with hook.entered(worker, context_id):
+                value = worker.call_function(target, args, kwargs)
+        else:
+            value = worker.call_function(target, args, kwargs)
     except BaseException as error:
         cell.value.set_exception(error)
         if not isinstance(error, Exception):
@@ -102,12 +104,12 @@ def _on_fetch(worker: Worker, peer: int, frame: Frame, body: Any) -> Any:
 
 def _on_call(worker: Worker, peer: int, frame: Frame, body: Any) -> Any:
     rref_id, method, args, kwargs = body
+    cell = _table_of(worker).cell(rref_id)
+    return _with_value(cell, partial(_call, worker, method, args, kwargs))
 
-    def call(value: Any) -> Any:
-        bound = worker.exposure.resolve_method(value, method)
-        return worker.call_function(bound, args, kwargs)
 
-    return _with_value(_table_of(worker).cell(rref_id), call)
+def _call(worker: Worker, method: str, args: Any, kwargs: Any, value: Any) -> Any:
+    return worker.call_function(worker.exposure.resolve_method(value, method), args, kwargs)
 
 
 def _on_backward(worker: Worker, peer: int, frame: Frame, body: Any) -> Any:

@@ -134,9 +134,11 @@ class RRef:
 
     def __await__(self) -> Generator[Any, None, Any]:
         if self._cell is not None:
-            return self._cell.value.__await__()
+            local: Generator[Any, None, Any] = self._cell.value.__await__()
+            return local
         answer = self._request(RRefFetch(self._id), UNSET_RPC_TIMEOUT, "fetch")
-        return self._followed(answer).__await__()
+        fetched: Generator[Any, None, Any] = self._followed(answer).__await__()
+        return fetched
 
     # --- calls of its methods ------------------------------------------------------------
 
@@ -199,10 +201,10 @@ class RRef:
         worker = self._table.worker
         what = f"{verb} RRef {self._id:#x}"
         seconds = allowed_timeout(worker, timeout, what)
-        if self._cell is not None:
+        if self._fork is None:
             return self._request_here(body, seconds, what, chain)
         try:
-            return worker.request(self.owner().id, body, timeout=seconds, chain=chain, what=what)
+            return worker.request(self._fork.owner, body, timeout=seconds, chain=chain, what=what)
         except WorkerLostError as error:
             raise self._owner_lost(verb) from error
 

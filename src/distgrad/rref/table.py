@@ -223,8 +223,9 @@ class RRefTable:
 
     def drop(self, fork: Fork) -> None:
         """Let go of a fork soon. For destructors: takes no lock."""
-        if not self.worker.closed:
-            self._dropped.append(fork)
+        self._dropped.append(fork)
+        # One alone is new; where there are more, the sweep that comes takes this one too.
+        if len(self._dropped) == 1 and not self.worker.closed:
             self.worker.agent.tick_by(time.monotonic() + _SWEEP_S)
 
     def _sweep(self, now: float) -> float:
