@@ -347,7 +347,8 @@ cdef class Tensor(TensorBase):
     # -- NumPy's protocols
 
     def __array__(self, dtype=None, copy=None):
-        return np.array(self.numpy(), dtype=dtype, copy=copy)
+        check_may_leave(self, "array")
+        return np.array(self.array, dtype=dtype, copy=copy)
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
         return call_ufunc(ufunc, method, inputs, kwargs)
@@ -385,15 +386,18 @@ cdef class Tensor(TensorBase):
         return bool(self.array)
 
     def __int__(self):
+        check_may_leave(self, "int")
         return int(self.array)
 
     def __index__(self):
         return operator.index(self.array)
 
     def __float__(self):
+        check_may_leave(self, "float")
         return float(self.array)
 
     def __complex__(self):
+        check_may_leave(self, "complex")
         return complex(self.array)
 
     def __contains__(self, value):
@@ -607,6 +611,16 @@ cdef class Tensor(TensorBase):
 
     def copy(self):
         return self.clone()
+
+
+cdef int check_may_leave(TensorBase tensor, str what) except -1:
+    """Values that would leave the graph unseen must be taken out on purpose."""
+    if tensor.needs and grad_enabled():
+        raise GraphError(
+            f"cannot convert to {what}: the tensor requires grad, and gradients end there",
+            hint="tensor.item() or tensor.detach() if that is meant, or distgrad.no_grad()",
+        )
+    return 0
 
 
 cdef Hooks leaf_hooks(TensorBase leaf):

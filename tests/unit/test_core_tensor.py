@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import pickle
 import weakref
 from typing import Any
@@ -69,7 +70,7 @@ def test_numpy_of_tensor_requiring_grad_is_refused() -> None:
 
 
 def test_conversion_of_single_element_gives_python_numbers() -> None:
-    t = leaf(2.5)[0]
+    t = leaf(2.5)[0].detach()
     assert (float(t), int(t), complex(t), t.item(), bool(t)) == (2.5, 2, 2.5 + 0j, 2.5, True)
     assert f"{t:.2f}" == "2.50"
     assert [10, 20, 30][dg.tensor(1)] == 20
@@ -196,3 +197,21 @@ def test_grad_setter_checks_shape_and_type() -> None:
         t.grad = dg.tensor([1.0, 2.0])
     with pytest.raises(TypeError, match="not a Tensor"):
         t.grad = np.ones(1)
+
+
+@pytest.mark.parametrize("convert", [float, int, complex, np.asarray, math.sqrt])
+def test_conversion_that_would_cut_the_graph_raises(convert: Any) -> None:
+    t = dg.tensor(4.0, requires_grad=True)
+    with pytest.raises(dg.GraphError, match=r"requires grad(.|\n)*item\(\)(.|\n)*detach"):
+        convert(t)
+    assert (bool(t), t.item(), convert(t.detach()), f"{t:.1f}") == (True, 4.0, convert(4.0), "4.0")
+    with dg.no_grad():
+        assert convert(t) == convert(4.0)
+
+
+def test_function_without_rule_names_itself_and_the_ways_out() -> None:
+    x = dg.tensor([1.0, 2.0], requires_grad=True)
+    for function in (np.gradient, np.unwrap, np.modf):
+        with pytest.raises(TypeError, match=rf"{function.__name__}(.|\n)*detach(.|\n)*primitive"):
+            function(x)
+    assert np.gradient(x.detach()).tolist() == [1.0, 1.0]
