@@ -10,7 +10,7 @@ from cpython.object cimport PyObject
 
 cimport numpy as cnp
 
-from distgrad.graph._engine cimport GraphTask, seed_of
+from distgrad.graph._engine cimport GraphTask, local_pass, seed_of
 from distgrad.graph._gradient cimport store_gradient
 from distgrad.graph._methods cimport get_item, reshape, total
 from distgrad.graph._node cimport (
@@ -316,9 +316,8 @@ cdef class Tensor(TensorBase):
         cdef int i
         if inputs is not None:
             inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-        task = GraphTask([(self, seed_of(self, gradient, create_graph))],
-                         retain_graph=retain_graph, create_graph=create_graph, inputs=inputs)
-        task.run()
+        cdef GraphTask task = local_pass(
+            [(self, seed_of(self, gradient, create_graph))], retain_graph, create_graph, inputs)
         if inputs is not None:
             for i, found in enumerate(task.captured):
                 if found is not None:

@@ -45,6 +45,8 @@ cdef class GraphTask:
     cdef readonly list captured     # gradients of inputs=
     cdef readonly str failed_node
     # methods, in the order of the file
+    cdef int begin(self, roots, sends, retain_graph, bint create_graph, inputs,
+                   GradientTable table) except -1
     cdef list start_at(self, roots, sends)
     cdef int lookup(self, PyObject *node) noexcept
     cdef int visit(self, PyObject *node) except -1
@@ -71,3 +73,4 @@ cdef class GraphTask:
 
 
 cdef object seed_of(TensorBase root, object gradient, bint create)
+cdef GraphTask local_pass(list roots, object retain_graph, bint create_graph, object inputs)

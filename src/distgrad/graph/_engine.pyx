@@ -201,6 +201,10 @@ cdef class GraphTask:
 
     def __init__(self, roots, *, sends=(), retain_graph=None, create_graph=False, inputs=None,
                  table=None):
+        self.begin(roots, sends, retain_graph, create_graph, inputs, table)
+
+    cdef int begin(self, roots, sends, retain_graph, bint create_graph, inputs,
+                   GradientTable table) except -1:
         self.create = create_graph
         self.retain = create_graph if retain_graph is None else retain_graph
         self.table = table
@@ -215,6 +219,7 @@ cdef class GraphTask:
         if self.undelivered:
             self.order_sums(starts)
         self.seed(starts)
+        return 0
 
     def __dealloc__(self):
         cdef int i
@@ -786,6 +791,26 @@ cdef object fill(Node node, list grads):
     ])
 
 
+cdef object one_like(cnp.ndarray array):
+    cdef cnp.ndarray one = cnp.PyArray_ZEROS(
+        cnp.PyArray_NDIM(array), cnp.PyArray_DIMS(array), cnp.PyArray_TYPE(array), 0)
+    if cnp.PyArray_TYPE(one) == cnp.NPY_FLOAT64:
+        (<double *>cnp.PyArray_DATA(one))[0] = 1
+    elif cnp.PyArray_TYPE(one) == cnp.NPY_FLOAT32:
+        (<float *>cnp.PyArray_DATA(one))[0] = 1
+    else:
+        (<object>one).fill(1)
+    return one
+
+
+cdef GraphTask local_pass(list roots, object retain_graph, bint create_graph, object inputs):
+    """What ``GraphTask(...)`` and ``run`` do for a pass without sends, without their arguments."""
+    cdef GraphTask task = GraphTask.__new__(GraphTask)
+    task.begin(roots, (), retain_graph, create_graph, inputs, None)
+    task.run()
+    return task
+
+
 cdef object seed_of(TensorBase root, object gradient, bint create):
     """The gradient a pass starts with at `root`."""
     if not root.needs:
@@ -798,7 +823,7 @@ cdef object seed_of(TensorBase root, object gradient, bint create):
                 "has an implicit gradient",
                 hint="pass gradient=, or reduce with .sum()",
             )
-        return np.ones_like(root.array)
+        return one_like(root.array)
     shape = np.shape(unwrap(gradient))
     if shape != np.shape(root.array):
         raise GraphError(f"cannot run backward: the gradient has shape {shape}, "
@@ -836,8 +861,7 @@ def grad(outputs, inputs, grad_outputs=None, *, retain_graph=None, create_graph=
         raise ValueError(f"cannot pair {len(outputs)} outputs with {len(grad_outputs)} gradients")
     roots = [(output, seed_of(output, gradient, create_graph))
              for output, gradient in zip(outputs, grad_outputs)]
-    task = GraphTask(roots, retain_graph=retain_graph, create_graph=create_graph, inputs=inputs)
-    task.run()
+    cdef GraphTask task = local_pass(roots, retain_graph, create_graph, inputs)
     if not allow_unused and any([found is None for found in task.captured]):
         raise GraphError("cannot find a gradient: an input is not used by the outputs",
                          hint="pass allow_unused=True to get None")
