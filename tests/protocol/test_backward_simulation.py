@@ -56,9 +56,7 @@ class Scenario:
 
     # --- programs ----------------------------------------------------------------------
 
-    def serve(
-        self, site: Site, context_id: int, values: Sequence[Value], depth: int
-    ) -> Program:
+    def serve(self, site: Site, context_id: int, values: Sequence[Value], depth: int) -> Program:
         """Run on the callee; returns what is sent back."""
         pool = [*values, self.leaf(), *site.stored.get(context_id, ())]
         pending = yield from self.work(site, context_id, pool, depth)

@@ -186,7 +186,11 @@ def test_codec_numpy_scalar_keeps_type_and_dtype() -> None:
         *(np.float32(1.5), np.float64(-0.0), np.int8(-1), np.uint64(2**64 - 1), np.bool_(True)),
         *(np.float16(2), np.complex64(1 + 2j), np.longdouble("1.25"), np.clongdouble(1j)),
         *(np.str_("né"), np.str_(""), np.bytes_(b"ab"), np.bytes_(b"")),
-        *(np.datetime64("2024-01-01T00:00:01.5"), np.timedelta64(3, "D"), np.datetime64("NaT", "s")),
+        *(
+            np.datetime64("2024-01-01T00:00:01.5"),
+            np.timedelta64(3, "D"),
+            np.datetime64("NaT", "s"),
+        ),
         *(np.void(b"xyz"), np.zeros((), [("a", "<i4"), ("b", ">f8", (2,))])[()]),
     ]
     for scalar in scalars:
