@@ -9,9 +9,8 @@ E4  An event is taken in once: an exception that no message causes, such as Keyb
     leaves it in the list unless it has had its effect (`settled`).
 """
 
-from types import CoroutineType
+from types import CoroutineType, FunctionType
 
-from cpython.object cimport PyObject_Call
 from libc.math cimport INFINITY
 from libc.stdint cimport uint8_t, uint64_t
 
@@ -28,10 +27,8 @@ from distgrad.errors import (
     WorkerLostError,
 )
 from distgrad.message import Call, Error, Reply, code_of
+from distgrad.rpc import exposure, functions, options
 from distgrad.rpc.activity import current_worker
-from distgrad.rpc.exposure import name_of
-from distgrad.rpc.functions import answers_later
-from distgrad.rpc import options
 
 cimport cython
 
@@ -40,7 +37,10 @@ cdef extern from "transport/_wait.h":
 
 cdef uint8_t CALL = code_of(Call), REPLY = code_of(Reply), ERROR = code_of(Error)
 cdef double UNSET = options.UNSET_RPC_TIMEOUT
-cdef object Coroutine = CoroutineType
+cdef str MARK = functions.ANSWERS_LATER
+cdef object Coroutine = CoroutineType, Function = FunctionType
+cdef dict _names = exposure.called_names          # function -> name
+cdef dict _declared = exposure.declared    # name -> function
 
 
 @cython.final
@@ -496,7 +496,10 @@ def serve_call(worker, peer, frame, body):
     """Handle a `Call`: run the function that it names."""
     cdef str name
     name, args, kwargs = body
-    return call_function(worker, worker.exposure.resolve(name), args, kwargs)
+    function = _declared.get(name)
+    if function is None:
+        function = worker.exposure.resolve(name)
+    return call_function(worker, function, args, kwargs)
 
 
 cpdef object call_function(worker, function, args, kwargs):
@@ -510,7 +513,7 @@ cpdef object call_function(worker, function, args, kwargs):
     value = function(*args, **kwargs) if kwargs else function(*args)
     if type(value) is Coroutine:
         return worker.run_on_loop(value)
-    if isinstance(value, Future) != answers_later(function):
+    if isinstance(value, Future) != getattr(function, MARK, False):
         raise _wrong_promise(function, value)
     return value
 
@@ -549,7 +552,9 @@ def place_call(to, func, args, kwargs, double timeout, bint nested):
         exchange = now.worker.agent
     else:
         exchange = current_worker().agent
-    cdef str name = name_of(func)
+    cdef str name = _names.get(func) if type(func) is Function else None
+    if name is None:
+        name = exposure.name_of(func)
     cdef int peer = exchange.resolve_id(to)
     return exchange.issue(
         peer,

@@ -21,9 +21,10 @@ T = TypeVar("T")
 
 # Code that declared itself callable by `expose`: name -> function. A registry of code, like
 # sys.modules; what a single worker adds by its options stays in that worker's Exposure.
-_declared: dict[str, Callable[..., Any]] = {}
+# `called_names` is its inverse, filled by calls. Compiled code looks into both first.
+declared: dict[str, Callable[..., Any]] = {}
 _classes: dict[str, type] = {}
-_names: dict[Any, str] = {}
+called_names: dict[Any, str] = {}
 
 
 def expose(target: T) -> T:
@@ -49,7 +50,7 @@ def expose(target: T) -> T:
             "define it at the top level of a module"
         )
     for key, function in _offered(name, target):
-        _declared[key] = function
+        declared[key] = function
     if isinstance(target, type):
         _classes[name] = target
     return target
@@ -57,7 +58,7 @@ def expose(target: T) -> T:
 
 def name_of(function: Any) -> str:
     """Return the name under which a function travels, ``module:qualname``."""
-    known = _names.get(function) if getattr(function, "__hash__", None) else None
+    known = called_names.get(function) if getattr(function, "__hash__", None) else None
     if known is not None:
         return known
     if isinstance(function, np.ufunc):
@@ -68,7 +69,7 @@ def name_of(function: Any) -> str:
     except AttributeError:
         raise TypeError(f"cannot call {function!r} remotely: it is not a named function") from None
     if bound is function and "<" not in name:
-        _names[function] = name
+        called_names[function] = name
     return name
 
 
@@ -125,7 +126,7 @@ class Exposure:
         NotExposedError
             If this worker does not offer it.
         """
-        function = _declared.get(name) or self._own.get(name) or _numpy_operation(name)
+        function = declared.get(name) or self._own.get(name) or _numpy_operation(name)
         if function is None:
             raise not_exposed(name, self.worker_name)
         return function

@@ -7,6 +7,9 @@ from typing import Any, TypeVar
 
 __all__ = ["async_execution"]
 
+#: The attribute that marks such a function.
+ANSWERS_LATER = "_distgrad_answers_later"
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -16,10 +19,5 @@ def async_execution(function: F) -> F:
     No thread waits in between. Put this decorator below `expose`, `staticmethod` and
     `classmethod`.
     """
-    function._distgrad_answers_later = True  # type: ignore[attr-defined]
+    setattr(function, ANSWERS_LATER, True)
     return function
-
-
-def answers_later(function: Any) -> bool:
-    """Return whether a function was decorated with `async_execution`."""
-    return bool(getattr(function, "_distgrad_answers_later", False))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from distgrad.config import config
@@ -84,6 +85,14 @@ class Links:
         return connection if connection is not None else self._connect(peer)
 
     def _connect(self, peer: int) -> Connection:
+        if threading.current_thread() is threading.main_thread():
+            # Not here: a signal handler that raises could leave the connection half made, and
+            # the peer would take its end for the end of this worker.
+            with ThreadPoolExecutor(1) as apart:
+                return apart.submit(self._make, peer).result()
+        return self._make(peer)
+
+    def _make(self, peer: int) -> Connection:
         self._refuse_lost(peer)
         with self._connecting.setdefault(peer, threading.Lock()):
             connection = self.routes.get(peer)
