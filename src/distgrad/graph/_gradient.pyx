@@ -27,12 +27,26 @@ cdef object numpy_add = np.add
 
 
 cdef inline bint is_exclusive(PyObject *array) noexcept:
-    """Invariant 5, for an array of which the caller holds one reference."""
+    """Invariant 5, for an array of which the caller holds one reference.
+
+    A view counts if it shows all of an array that nobody else refers to.
+    """
+    cdef PyObject *base
+    if Py_REFCNT(array) > 1 or not cnp.PyArray_CheckExact(<object>array):
+        return False
+    if not cnp.PyArray_CHKFLAGS(<cnp.ndarray>array, cnp.NPY_ARRAY_WRITEABLE):
+        return False
+    if cnp.PyArray_CHKFLAGS(<cnp.ndarray>array, cnp.NPY_ARRAY_OWNDATA):
+        return True
+    base = cnp.PyArray_BASE(<cnp.ndarray>array)
     return (
-        Py_REFCNT(array) == 1
-        and cnp.PyArray_CheckExact(<object>array)
-        and cnp.PyArray_CHKFLAGS(
-            <cnp.ndarray>array, cnp.NPY_ARRAY_OWNDATA | cnp.NPY_ARRAY_WRITEABLE)
+        base != NULL
+        and Py_REFCNT(base) == 1
+        and cnp.PyArray_CheckExact(<object>base)
+        and cnp.PyArray_CHKFLAGS(<cnp.ndarray>base, cnp.NPY_ARRAY_OWNDATA)
+        and cnp.PyArray_NBYTES(<cnp.ndarray>base) == cnp.PyArray_NBYTES(<cnp.ndarray>array)
+        and (cnp.PyArray_IS_C_CONTIGUOUS(<cnp.ndarray>array)
+             or cnp.PyArray_IS_F_CONTIGUOUS(<cnp.ndarray>array))
     )
 
 
@@ -111,7 +125,7 @@ cdef int store_gradient(TensorBase leaf, PyObject *gradient) except -1:
         elif is_exclusive(gradient):
             leaf.gradient = wrap(<object>gradient)
         else:
-            leaf.gradient = wrap(np.array(<object>gradient, order="K"))
+            leaf.gradient = wrap(cnp.PyArray_NewCopy(<cnp.ndarray>gradient, cnp.NPY_KEEPORDER))
     elif (isinstance(<object>gradient, TensorBase) or old.needs
             or not cnp.PyArray_ISWRITEABLE(old.array)):
         leaf.gradient = old + <object>gradient

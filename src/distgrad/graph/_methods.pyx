@@ -17,7 +17,12 @@ import operator
 
 import numpy as np
 
+from distgrad.graph._node import operation
+
 cnp.import_array()
+
+cdef Op RESHAPE = operation(np.reshape)     # their rules come with distgrad.ops
+cdef Op GETITEM = operation(operator.getitem)
 
 
 cdef inline bint is_recorded(TensorBase x) except -1:
@@ -56,7 +61,7 @@ cdef object reshape(TensorBase x, object shape):
     cdef TensorBase output = wrap((<object>x.array).reshape(shape))
     share_if_view(output, x)
     if is_recorded(x):
-        node = new_node(<Op?>OPS[np.reshape], 1)
+        node = new_node(RESHAPE, 1)
         connect(node, x, 0, &mask)
         finish(node, output, mask)
     return output
@@ -70,7 +75,7 @@ cdef object get_item(TensorBase x, object index):
     cdef TensorBase output = wrap((<object>x.array)[index])
     share_if_view(output, x)
     if is_recorded(x):
-        node = new_node(<Op?>OPS[operator.getitem], 2)
+        node = new_node(GETITEM, 2)
         connect(node, x, 0, &mask)
         node.args = (None, index)
         finish(node, output, mask)
