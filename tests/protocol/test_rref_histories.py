@@ -365,6 +365,7 @@ def run_histories(count: int, counts_class: type[ReferenceCounts] = ReferenceCou
             raise AssertionError(f"seed {seed}: {error}\n{story}") from error
 
 
+@pytest.mark.deadline(60 + HISTORIES / 100)
 def test_histories_random_keep_all_books() -> None:
     run_histories(HISTORIES)
 

@@ -1,5 +1,6 @@
-"""Optimizers that give every number a step size of its own: Adagrad, RMSprop, Adadelta,
-Adamax and Rprop. The two parts of complex parameters are treated as two real ones.
+"""Optimizers that give every number a step size of its own.
+
+The two parts of complex parameters are treated as two real ones.
 """
 
 from __future__ import annotations
