@@ -31,7 +31,7 @@ from distgrad.rref.protocol import (
     worker_of,
 )
 
-HISTORIES = int(os.environ.get("DISTGRAD_PROGRAMS", "6000"))
+HISTORIES = int(os.environ.get("DISTGRAD_PROGRAMS", "4000"))
 MOST_DELIVERIES = 20_000
 
 
