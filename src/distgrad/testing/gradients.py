@@ -158,7 +158,7 @@ def _compare(position: int, actual: Array, expected: Array, atol: float, rtol: f
     error = np.abs(actual - expected)
     if np.all(error <= atol + rtol * np.abs(expected)):
         return
-    worst = np.unravel_index(int(np.nanargmax(error)), error.shape)
+    worst = np.unravel_index(int(np.argmax(np.where(np.isnan(error), np.inf, error))), error.shape)
     raise AssertionError(
         f"cannot confirm the gradient of input {position}: at {tuple(map(int, worst))} it is "
         f"{actual[worst]}, differences say {expected[worst]}"
