@@ -46,6 +46,14 @@ class DistgradGraphs(measure.Peer):
         graphs.fan(self.x, graphs.WIDE_FAN).sum().backward()
         self.x.grad = None
 
+    def time_line_1000(self) -> None:
+        graphs.line(self.x, 1000).sum().backward()
+        self.x.grad = None
+
+    def time_line_1000000(self) -> None:
+        graphs.line(self.x, 1_000_000).sum().backward()
+        self.x.grad = None
+
     def time_matmul_relu_sum(self) -> None:
         first, second = self.pair
         relu(first @ second).sum().backward()

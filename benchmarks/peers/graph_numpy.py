@@ -37,6 +37,12 @@ class NumpyGraphs(measure.Peer):
         for weight in range(graphs.FAN):
             gradient = gradient + np.ones(4) * float(weight)
 
+    def time_line_1000(self) -> None:
+        graphs.line(self.x, 1000)
+
+    def time_line_1000000(self) -> None:
+        graphs.line(self.x, 1_000_000)
+
     def time_matmul_relu_sum(self) -> None:
         first, second = self.pair
         positive = np.maximum(first @ second, 0)

@@ -42,6 +42,10 @@ class TorchGraphs(measure.Peer):
         graphs.fan(self.x, graphs.WIDE_FAN).sum().backward()
         self.x.grad = None
 
+    def time_line_1000(self) -> None:
+        graphs.line(self.x, 1000).sum().backward()
+        self.x.grad = None
+
     def time_matmul_relu_sum(self) -> None:
         first, second = self.pair
         self.torch.relu(first @ second).sum().backward()

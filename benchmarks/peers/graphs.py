@@ -33,6 +33,13 @@ def fan(x: Any, width: int = FAN) -> Any:
     return total
 
 
+def line(x: Any, length: int) -> Any:
+    """A graph without width, to see whether time grows with its length alone."""
+    for _ in range(length):
+        x = x + 1.0
+    return x
+
+
 def square_pair() -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(2)
     first, second = random.standard_normal((2, SQUARE, SQUARE)).astype(np.float32)
