@@ -3,6 +3,7 @@
 import gc
 import os
 import resource
+import signal
 import threading
 import time
 
@@ -130,6 +131,38 @@ def test_six_workers_on_one_processor_neither_burn_nor_starve(one_cpu, transport
         assert counts == (180,) * 6
         assert time.monotonic() - start < 30
         assert sum(spent) < 15
+
+
+@rpc.expose
+def process():
+    return os.getpid()
+
+
+def send_to_stopped_worker(rank):
+    """Send to a worker that does not read; it goes on in a second."""
+    pid = rpc.rpc_sync(1, process)
+    os.kill(pid, signal.SIGSTOP)
+    timer = threading.Timer(1.0, os.kill, (pid, signal.SIGCONT))
+    timer.start()
+    start = time.monotonic()
+    small = [rpc.rpc_async(1, echo, (i,)) for i in range(3000)]
+    took_small = time.monotonic() - start
+    array = np.zeros(4_000_000)
+    large = rpc.rpc_async(1, echo, (array,))
+    took_large = time.monotonic() - start
+    array[:] = 1  # must not reach the other side
+    values = rpc.wait_all(small, 30)
+    return took_small, took_large, values == list(range(3000)), not large.wait(30).any()
+
+
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_worker_that_does_not_read_holds_up_large_messages_only(transport):
+    with World(2, transport=transport) as world:
+        ((small, large, all_small, unchanged),) = world.run(send_to_stopped_worker, ranks=[0])
+    assert small < 0.9
+    assert large > 0.5
+    assert all_small
+    assert unchanged
 
 
 def footprint():

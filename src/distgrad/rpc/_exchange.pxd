@@ -55,6 +55,7 @@ cdef class Exchange:
     cdef readonly uint64_t bytes_received
     cdef dict routes               # peer -> connection to send on; kept by links
     cdef dict ids                  # name of a worker -> id
+    cdef readonly dict unsent      # connection -> bytes without arrays that wait to be sent
     cdef int num_workers           # workers of the world
     cdef uint64_t last_id          # made by new_id; 16 bits worker, 48 counter
     cdef bint settled              # the event at hand has had its effect: it must not come again
@@ -64,6 +65,7 @@ cdef class Exchange:
     )
     cdef int compose(self, RpcFuture future, Outgoing message, Session session) except -1
     cdef int transmit(self, object connection, Outgoing message) except -1
+    cdef int hold_back(self, object connection, Outgoing message) except -1
     cdef object route(self, int peer)
     cdef int resolve_id(self, object to) except -1
     cdef int answer(self, int peer, object request_id, object value) except -1

@@ -36,6 +36,7 @@ cdef extern from "transport/_wait.h":
     double now_s "distgrad_now"() noexcept nogil
 
 cdef uint8_t CALL = code_of(Call), REPLY = code_of(Reply), ERROR = code_of(Error)
+cdef Py_ssize_t MOST_UNSENT = 1024 * 1024  # bytes a connection; beyond, senders wait
 cdef double UNSET = options.UNSET_RPC_TIMEOUT
 cdef str MARK = functions.ANSWERS_LATER
 cdef object Coroutine = CoroutineType, Function = FunctionType
@@ -123,6 +124,7 @@ cdef class Exchange:
         self.crew = crew
         self.pending = pending
         self.handlers = {}
+        self.unsent = {}
         self.ids = {info.name: info.id for info in worker.world.infos}
         self.num_workers = len(self.ids)
         self.last_id = <uint64_t>worker.id << 48
@@ -237,7 +239,20 @@ cdef class Exchange:
             name = self.worker.world.name_of(connection.peer)
             raise WorkerLostError(f"cannot send to worker {name!r}: {error}") from error
         self.bytes_sent += <uint64_t>(message.head_nbytes + message.payload_nbytes)
-        if not sent and not self.crew.polls_here():
+        if sent:
+            if self.unsent:
+                self.unsent.pop(connection, None)
+        elif not self.crew.polls_here():
+            self.hold_back(connection, message)
+        return 0
+
+    cdef int hold_back(self, object connection, Outgoing message) except -1:
+        """Wait for the kernel if arrays of the caller, or much else, have not left yet."""
+        queued = self.unsent.get(connection, 0) + message.head_nbytes
+        if message.payload_nbytes == 0 and queued <= MOST_UNSENT:
+            self.unsent[connection] = queued    # whoever polls sends it
+        else:
+            self.unsent.pop(connection, None)
             self.crew.drain(connection)
         return 0
 

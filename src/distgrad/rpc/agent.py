@@ -127,6 +127,7 @@ class Agent(Exchange):
         self._on_end(connection, error)
 
     def _on_end(self, connection: Any, error: Exception | None) -> None:
+        self.unsent.pop(connection, None)
         lost = self.links.drop(connection, error)
         if lost is None:
             return
