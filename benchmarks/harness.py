@@ -116,6 +116,8 @@ class System:
         options = ["-n", "2", "--use-hwthread-cpus", "--map-by", "hwthread:OVERSUBSCRIBE"]
         options += ["--bind-to", "hwthread", "--mca", "mpi_yield_when_idle", "0"]
         root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+        # Under `-m mpi4py` a rank that fails takes the others along instead of leaving them to poll.
+        command[1:1] = ["-m", "mpi4py"]
         return [str(find_mpiexec()), *root, *options, *command]
 
     def measure(self, case: Case, budget_s: float) -> float:
@@ -344,6 +346,7 @@ def main(
     ]
     work = choose(options.cases, cases, "key", exact=True)
     measurements = Measurements(benchmark, work, chosen, options.rounds)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # peers end with us
     try:
         for system in chosen:
             system.start(options.torch_python)
