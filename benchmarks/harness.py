@@ -116,7 +116,7 @@ class System:
         options = ["-n", "2", "--use-hwthread-cpus", "--map-by", "hwthread:OVERSUBSCRIBE"]
         options += ["--bind-to", "hwthread", "--mca", "mpi_yield_when_idle", "0"]
         root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-        # Under `-m mpi4py` a rank that fails takes the others along instead of leaving them to poll.
+        # Under `-m mpi4py` a rank that fails takes the others along; else they poll for ever.
         command[1:1] = ["-m", "mpi4py"]
         return [str(find_mpiexec()), *root, *options, *command]
 
