@@ -46,6 +46,8 @@ class Config:
     inline_array_bytes: int = 2048
     #: Idle receive buffers that are kept warm.
     pool_bytes: int = 256 * 2**20
+    #: Whether workers on one host send through shared memory.
+    shared_memory: bool = True
     #: How deep calls nested in one chain may run on the stack of the waiting thread.
     inline_depth: int = 16
     #: Most serving threads of a worker.

@@ -82,6 +82,10 @@ def authenticated(pair: Pair) -> socket.socket:
     handshake = hmac_handshakes(7, connecting=True)(None)
     with polling(pair.far):
         authenticate(sock, handshake, time.monotonic() + PATIENCE_S, "test")
+    if pair.transport.scheme == "unix":  # declines to share memory
+        with polling(pair.far):
+            assert len(sock.recv(33, socket.MSG_WAITALL)) == 33
+        sock.sendall(b"\0")
     pair.until(lambda: len(pair.far.connections) == 2)
     return sock
 
@@ -235,7 +239,7 @@ def test_stranger_half_open_is_dropped_when_the_listener_closes(pair: Pair) -> N
 def test_listener_without_descriptors_recovers(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("distgrad.transport.stream._NO_DESCRIPTOR_PAUSE_S", 0.05)
+    monkeypatch.setattr("distgrad.transport.listener._NO_DESCRIPTOR_PAUSE_S", 0.05)
     real, failures = socket.socket.accept, [1, 1]
 
     def failing(self: socket.socket) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from distgrad._codec import Frame, decode
+from distgrad.config import config
 from distgrad.errors import TransportError
 from distgrad.testing.transport_pair import Pair, Side, handshakes, message, polling
 from distgrad.transport.base import Connection
@@ -78,9 +79,12 @@ class Child:
         self.process.stdout.close()
 
 
-@pytest.fixture(params=["unix", "tcp"])
-def scheme(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=["unix", "plain", "tcp"])
+def scheme(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param != "plain":
+        return str(request.param)
+    monkeypatch.setattr(config, "shared_memory", False)
+    return "unix"
 
 
 @pytest.fixture
@@ -107,7 +111,7 @@ SILENT = """
 poller.poll(30.0, False)
 """
 FLOOD = """
-array = np.ones(30_000_000)
+array = np.ones(40_000_000)
 connection.send(message(array))
 print("sent", flush=True)
 while not connection.flushed():
@@ -151,7 +155,7 @@ def test_peer_killed_while_it_is_sent_to_ends_the_connection(
     child: Callable[[str], Child],
 ) -> None:
     peer = child("import signal\nsignal.pause()")
-    peer.connection.send(message(np.ones(30_000_000)))
+    peer.connection.send(message(np.ones(40_000_000)))
     assert not peer.connection.flushed()
     peer.kill()
     peer.until(lambda: bool(peer.side.events))

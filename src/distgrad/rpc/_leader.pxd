@@ -8,7 +8,7 @@
 #   4. The watcher never ticks while the leader sleeps in the kernel (an idle worker
 #      burns nothing); whoever leaves the role then rings the bell.
 
-from distgrad.transport._stream cimport Poller
+from distgrad.transport._poller cimport Poller
 
 cdef extern from "<semaphore.h>" nogil:
     ctypedef struct sem_t:
@@ -26,7 +26,7 @@ cdef class Leadership:
         volatile int dormant         # the watcher sleeps without a time limit
         volatile int rung            # the bell was rung for work, not for a change of leader
         volatile int closed          # no more watching
-        volatile unsigned long epoch # times the role was taken; tells a tick that it was in use
+        volatile unsigned long epoch  # times the role was taken; tells a tick that it was in use
         public volatile int work     # tasks wait for a serving thread
         public unsigned long taken   # tasks taken so far; tells a tick that they move on
 

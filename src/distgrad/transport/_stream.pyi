@@ -1,41 +1,27 @@
-from collections.abc import Callable
 from typing import Any, final
 
-from distgrad._codec import Frame, Outgoing
+from distgrad._codec import Outgoing
+from distgrad.transport._poller import Pollable
+from distgrad.transport._poller import Poller as Poller
+from distgrad.transport._ring import Ring
 from distgrad.transport.base import Connection
-
-@final
-class Timer:
-    def cancel(self) -> None: ...
-
-@final
-class Watch: ...
 
 @final
 class Write: ...
 
 @final
-class Poller:
-    def __init__(self) -> None: ...
-    @property
-    def sleeping(self) -> bool: ...
-    def poll(
-        self, timeout_s: float, spin: bool
-    ) -> list[tuple[Connection, Frame | Exception | None]]: ...
-    def wake(self) -> None: ...
-    def post(self, connection: Connection | None, item: object) -> None: ...
-    def call(self, callback: Callable[[], object]) -> None: ...
-    def call_later(self, delay_s: float, callback: Callable[[], object]) -> Timer: ...
-    def watch(self, fd: int, on_readable: Callable[[], object]) -> None: ...
-    def unwatch(self, fd: int) -> None: ...
-    def enroll(self, connection: Connection) -> None: ...
-    def close(self) -> None: ...
-
-@final
-class StreamConnection(Connection):
+class StreamConnection(Pollable, Connection):
     def __new__(
-        cls, poller: Poller, fd: int, *, scheme: str, peer_address: str, identity: object
+        cls,
+        poller: Poller,
+        fd: int,
+        *,
+        scheme: str,
+        peer_address: str,
+        identity: object,
+        ring: Ring | None = None,
     ) -> StreamConnection: ...
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
     @property
     def scheme(self) -> str: ...  # type: ignore[override]
     @property

@@ -1,56 +1,47 @@
 # cython: auto_pickle=False, autotestdict=False
-"""Poller and StreamConnection; ``_stream.pxd`` is the map, ``base.py`` the contract.
+"""StreamConnection; ``_stream.pxd`` is the map, ``base.py`` the contract.
 
 S1  The input side of a connection, its end and its file descriptor belong to the polling
     thread. Other threads only shut the socket down; the descriptor is closed when neither
     the polling thread nor a sender is in a system call on it, so its number cannot be
     taken by another file meanwhile.
 S2  `writing` and `queue` change under the GIL only. Who sets `writing` sends until the queue
-    is empty or the kernel is full; whoever finds it set leaves the message in the queue.
-S3  A message is in the queue, or sent whole, or lost with the connection: the polling
-    thread has EPOLLOUT armed whenever the queue holds something and nobody is writing.
-S4  Going to sleep: set `sleeping`, then look at `woken`. Waking: set `woken`, then look at
-    `sleeping`. Both sequentially consistent, so a wake is never lost.
-S5  After a fork the child closes its copies and touches nothing that it shares.
+    is empty or the kernel (the ring) is full; whoever finds it set leaves the message in
+    the queue.
+S3  A message is in the queue, or sent whole, or lost with the connection: whenever the queue
+    holds something and nobody is writing, EPOLLOUT is armed or the ring is starved.
+S6  With a ring, all bytes of messages go through it. The socket brings bells, chunks, and
+    the end.
 """
 
-import heapq
-import math
 import os
-import threading
-import weakref
 from collections import deque
 
 from cpython.buffer cimport PyBUF_ANY_CONTIGUOUS, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from cpython.exc cimport PyErr_CheckSignals, PyErr_SetObject, PyErr_WriteUnraisable
-from libc.errno cimport EAGAIN, EINTR, errno
-from libc.stdint cimport uint32_t, uint64_t
+from libc.errno cimport EAGAIN, ECONNRESET, EINTR, errno
+from libc.stdint cimport uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove, memset
 from posix.uio cimport iovec, readv
-from posix.unistd cimport close, read
-from posix.unistd cimport write as write_fd
+from posix.unistd cimport close
 
 from distgrad._codec cimport HEADER_NBYTES, Outgoing, make_frame, read_header
-from distgrad.transport._pool cimport shared
+from distgrad.transport._arena cimport LENDABLE, LOAN_MARK, Arena, Arrivals, LoanRecord
+from distgrad.transport._pool cimport Slab, shared
+from distgrad.transport._ring cimport (
+    BELL, CHUNK, RING, RING_IN, RING_OUT, Ring, ring_leave, ring_read, ring_starve, ring_write
+)
 
-from distgrad.config import config
-from distgrad.errors import TransportError
+from distgrad.errors import ProtocolError, TransportError
 from distgrad.transport.base import Connection
+from distgrad.transport._poller import Poller
 
 cimport cython
 
 cdef extern from "<sys/epoll.h>" nogil:
     uint32_t EPOLLIN, EPOLLOUT
-    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
-    int epoll_create1(int flags)
-    int epoll_ctl(int epoll_fd, int operation, int fd, epoll_event *event)
-    int epoll_wait(int epoll_fd, epoll_event *events, int most, int timeout_ms)
-
-cdef extern from "<sys/eventfd.h>" nogil:
-    int EFD_CLOEXEC, EFD_NONBLOCK
-    int eventfd(unsigned int value, int flags)
+    int EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
 
 cdef extern from "<sys/socket.h>" nogil:
     int MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RDWR
@@ -58,7 +49,6 @@ cdef extern from "<sys/socket.h>" nogil:
         iovec *msg_iov
         size_t msg_iovlen
     Py_ssize_t recv(int fd, void *data, size_t nbytes, int flags)
-    Py_ssize_t send(int fd, const void *data, size_t nbytes, int flags)
     Py_ssize_t sendmsg(int fd, const msghdr *message, int flags)
     int shutdown(int fd, int how)
 
@@ -69,456 +59,18 @@ cdef extern from "<poll.h>" nogil:
         short events
     int poll(pollfd *fds, unsigned long count, int timeout_ms)
 
-cdef extern from "<sched.h>" nogil:
-    int sched_yield()
+cdef extern from "transport/_shared.h" nogil:
+    Py_ssize_t hear "distgrad_hear"(int fd, char *data, size_t nbytes, int *passed)
 
 cdef extern from "transport/_wait.h":
-    void set_flag "distgrad_set"(volatile int *flag, int value) noexcept nogil
-    int get_flag "distgrad_get"(volatile int *flag) noexcept nogil
     double now_s "distgrad_now"() noexcept nogil
-    int epoll_wait_s "distgrad_epoll_wait"(
-        int fd, epoll_event *events, int most, double timeout_s
-    ) noexcept nogil
 
-cdef enum:
-    WAKE_TOKEN = 0      # of wake_fd in the epoll set
-    MAX_INTERVAL = 8    # most direct reads from one look at all sockets to the next
-    YIELD_TURNS = 4    # direct reads from one sched_yield to the next
-    WAKES = 3          # a wait this many spins long may have been a short one with two wake-ups
-
-cdef extern from "pythread.h" nogil:
-    unsigned long PyThread_get_thread_ident()
-
-cdef double LONGEST_S = 3600.0         # of one epoll_wait
-cdef double SIGNAL_SLICE_S = 0.2       # same in the main thread, where signals are looked for
 cdef double CLOSE_FLUSH_S = 1.0        # what close gives the peer to take what is queued
 cdef Py_ssize_t NOTHING = -EAGAIN      # nothing to read now
-
-# Only for the child of a fork, which must let go of every descriptor it inherited.
-_pollers = weakref.WeakSet()
-
-
-# Python runs signal handlers in this thread only.
-cdef unsigned long main_ident = threading.main_thread().ident
-
-
-def _forget_in_child():
-    global main_ident
-    main_ident = PyThread_get_thread_ident()
-    for poller in list(_pollers):
-        (<Poller>poller).forget()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)
 
 
 cdef object failure(str what, int code):
     return TransportError(f"cannot {what}: {os.strerror(code)}")
-
-
-@cython.final
-cdef class Watch:
-    """A descriptor with a callback in the epoll set of a poller."""
-
-
-@cython.final
-cdef class Timer:
-    """A callback that a poller runs at a time; made by `Poller.call_later`."""
-
-    def cancel(self):
-        """Do not run the callback. Idempotent; any thread."""
-        self.callback = None
-
-
-@cython.final
-cdef class Poller:
-    """Waits for the events of many connections; the only place of distgrad that does.
-
-    `poll` belongs to one thread at a time; every other method to any thread.
-    """
-
-    def __cinit__(self):
-        self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
-        self.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-        if self.epoll_fd < 0 or self.wake_fd < 0:
-            raise failure("make a poller", errno)
-        self.posted = deque()
-        self.entries = {}
-        self.watches = {}
-        self.timers = []
-        self.enrolled = weakref.WeakSet()
-        self.next_timer = math.inf
-        self.last_token = WAKE_TOKEN
-        self.cpus = len(os.sched_getaffinity(0))
-        self.budget_s = 1e-6 * config.spin_us
-        self.interval = 1
-        self.control(EPOLL_CTL_ADD, self.wake_fd, EPOLLIN, WAKE_TOKEN)
-        _pollers.add(self)
-
-    def __dealloc__(self):
-        if self.epoll_fd >= 0:
-            close(self.epoll_fd)
-        if self.wake_fd >= 0:
-            close(self.wake_fd)
-
-    # --- any thread -----------------------------------------------------------------------
-
-    @property
-    def sleeping(self):
-        """Whether the polling thread blocks in the kernel just now."""
-        return bool(get_flag(&self.sleeping))
-
-    def wake(self):
-        """Make `poll` return: the one that runs now, or else the next one.
-
-        Costs a system call only if the polling thread blocks in the kernel.
-        """
-        self.ring()
-
-    def post(self, connection, item):
-        """Let `poll` return the event ``(connection, item)``, in the order of the posts."""
-        if self.closed:
-            raise TransportError("cannot post an event: the poller is closed")
-        self.posted.append((connection, item))
-        self.ring()
-
-    def call(self, callback):
-        """Run ``callback()`` in the polling thread, after what was posted before."""
-        self.post(None, callback)
-
-    def call_later(self, double delay_s, callback):
-        """Run ``callback()`` in the polling thread in ``delay_s`` seconds; return its `Timer`."""
-        cdef Timer timer = Timer()
-        timer.callback = callback
-        self.last_token += 1
-        heapq.heappush(self.timers, (now_s() + delay_s, self.last_token, timer))
-        if self.timers[0][2] is timer:
-            self.next_timer = self.timers[0][0]
-            if not self.polling or get_flag(&self.sleeping):
-                self.ring()
-        return timer
-
-    def watch(self, int fd, on_readable):
-        """Run ``on_readable()`` in the polling thread whenever ``fd`` is readable.
-
-        The caller keeps ``fd`` open until `unwatch`.
-        """
-        cdef Watch watch = Watch()
-        if fd in self.watches:
-            raise ValueError(f"cannot watch file descriptor {fd}: it is watched already")
-        self.last_token += 1
-        watch.fd = fd
-        watch.token = self.last_token
-        watch.on_readable = on_readable
-        self.control(EPOLL_CTL_ADD, fd, EPOLLIN, watch.token)
-        self.entries[watch.token] = self.watches[fd] = watch
-
-    def unwatch(self, int fd):
-        """End `watch`; harmless if ``fd`` is not watched."""
-        cdef Watch watch = self.watches.pop(fd, None)
-        if watch is None:
-            return
-        del self.entries[watch.token]
-        self.control(EPOLL_CTL_DEL, fd, 0, watch.token)
-
-    def enroll(self, connection):
-        """Abort ``connection`` when this poller is closed; for connections without a socket."""
-        if self.closed:
-            raise TransportError("cannot make a connection: the poller is closed")
-        self.enrolled.add(connection)
-
-    def close(self):
-        """Abort all connections and stop polling for good. Idempotent; any thread.
-
-        A `poll` that runs returns; a later one raises. No further event is reported.
-        """
-        self.closed = True
-        self.ring()
-        if not self.polling:
-            self.teardown()
-
-    # --- the polling thread ---------------------------------------------------------------
-
-    def poll(self, double timeout_s, bint spin):
-        """Wait for events and return them.
-
-        Parameters
-        ----------
-        timeout_s
-            Longest wait in seconds; 0 only looks, ``math.inf`` waits for ever.
-        spin
-            Whether to poll for up to ``config.spin_us`` before blocking. How long adapts:
-            to the whole of it when events come that soon, towards nothing when they do not.
-
-        Returns
-        -------
-        list of (Connection, Frame or Exception or None)
-            A frame is a message. An exception or None is the end of the connection: why,
-            or None for an orderly end; it comes once a connection. The list is empty
-            after the time-out, `wake`, a signal, or if only callbacks ran.
-
-        Raises
-        ------
-        TransportError
-            The poller is closed.
-        KeyboardInterrupt
-            And whatever else a Python signal handler or a callback raises that is not
-            an `Exception`. No event is lost.
-        """
-        cdef list events = []
-        if self.closed:
-            raise TransportError("cannot poll: the poller is closed")
-        if self.polling:
-            raise RuntimeError("cannot poll: another thread is polling")
-        self.polling = True
-        self.called = False
-        self.most_s = config.spin_us * 1e-6 if spin and self.cpus > 1 else 0.0
-        try:
-            self.fill(events, now_s() + timeout_s)
-        except BaseException:
-            self.posted.extendleft(reversed(events))
-            self.ring()
-            raise
-        finally:
-            self.polling = False
-            if self.closed:
-                self.teardown()
-        return events
-
-    cdef int fill(self, list events, double deadline) except -1:
-        """Wait until there is an event, or a reason to return without one."""
-        cdef double until
-        cdef bint woken, has_hot
-        cdef StreamConnection hot
-        while True:
-            woken = get_flag(&self.woken)
-            if woken:
-                set_flag(&self.woken, 0)
-                self.take_posted(events)
-            if self.next_timer < math.inf:
-                self.run_timers()
-            hot = self.hot
-            has_hot = hot is not None
-            until = min(deadline, self.next_timer)
-            if events or woken or self.called:
-                until = 0.0
-            elif PyThread_get_thread_ident() == main_ident:
-                until = min(until, now_s() + SIGNAL_SLICE_S)
-            with nogil:
-                self.wait(hot, has_hot, until)
-            if self.closed:
-                return 0
-            self.serve_hot(events)
-            self.serve_ready(events)
-            if events or woken or self.called:
-                return 0
-            PyErr_CheckSignals()
-            if now_s() >= deadline and not get_flag(&self.woken):
-                return 0
-
-    cdef void wait(self, StreamConnection hot, bint has_hot, double until) noexcept nogil:
-        """Wait until a socket is ready, the hot one was read, somebody wakes, or ``until``."""
-        cdef double start = now_s(), now = start, limit
-        cdef int round_ = 0
-        self.hot_result = NOTHING
-        self.num_ready = 0
-        limit = min(start + min(self.budget_s, self.most_s), until)
-        if until <= start:
-            self.turn = MAX_INTERVAL       # the only look: at all connections
-        while True:
-            if self.spin_round(hot, has_hot):
-                if now - start <= self.most_s and self.most_s > 0.0:
-                    self.budget_s = self.most_s
-                return
-            now = now_s()
-            if self.hot_result > 0:        # part of a long message: the rest is on its way
-                self.hot_result = NOTHING
-                limit += now - start
-                start = now
-            if now >= limit or get_flag(&self.woken):
-                break
-            round_ += 1
-            if round_ % YIELD_TURNS == 0:
-                sched_yield()
-        if now >= until or get_flag(&self.woken):
-            return
-        if self.most_s > 0.0:
-            self.budget_s = self.budget_s * 0.5 if self.budget_s > 1e-6 else 0.0
-        self.block(now, until)
-        # Both sides may be asleep, and each wake-up adds to the wait: judged by the bare spin
-        # limit, two workers that once fell asleep would never find back to spinning.
-        if self.num_ready > 0 and now_s() - start <= WAKES * self.most_s:
-            self.budget_s = self.most_s
-
-    cdef bint spin_round(self, StreamConnection hot, bint has_hot) noexcept nogil:
-        """Look once at the hot connection or at all; return whether there is something to do.
-
-        Looking at all costs more, so it happens only every `interval` rounds; `interval`
-        grows while the hot connection is the one that has news.
-        """
-        if has_hot:
-            self.hot_result = hot.receive()
-            if self.hot_result != NOTHING and (hot.missing == 0 or self.hot_result <= 0):
-                if self.interval < MAX_INTERVAL:
-                    self.interval += 1
-                self.turn += 1
-                if self.turn >= MAX_INTERVAL:
-                    self.turn = 0
-                    self.num_ready = epoll_wait(self.epoll_fd, self.ready, READY, 0)
-                return True
-            self.turn += 1
-            if self.turn < self.interval:
-                return False
-        self.turn = 0
-        self.num_ready = epoll_wait(self.epoll_fd, self.ready, READY, 0)
-        if self.num_ready <= 0:
-            return False
-        self.interval = 1
-        return True
-
-    cdef void block(self, double now, double until) noexcept nogil:
-        """Sleep in the kernel until a socket is ready, somebody wakes, or ``until``."""
-        set_flag(&self.sleeping, 1)
-        if not get_flag(&self.woken):
-            self.num_ready = epoll_wait_s(
-                self.epoll_fd, self.ready, READY, min(until - now, LONGEST_S)
-            )
-        set_flag(&self.sleeping, 0)
-
-    cdef void ring(self) noexcept nogil:
-        cdef uint64_t one = 1
-        set_flag(&self.woken, 1)
-        if get_flag(&self.sleeping):
-            write_fd(self.wake_fd, &one, sizeof(one))
-
-    cdef int take_posted(self, list events) except -1:
-        """Move what was posted into ``events``, running the callbacks among it."""
-        for _ in range(len(self.posted)):
-            connection, item = self.posted.popleft()
-            if connection is None:
-                self.run(item)
-            else:
-                events.append((connection, item))
-        return 0
-
-    cdef int run_timers(self) except -1:
-        cdef Timer timer
-        cdef double now = now_s()
-        while self.timers and self.timers[0][0] <= now:
-            timer = heapq.heappop(self.timers)[2]
-            callback, timer.callback = timer.callback, None
-            if callback is not None:
-                self.run(callback)
-        self.next_timer = self.timers[0][0] if self.timers else math.inf
-        return 0
-
-    cdef int run(self, object callback) except -1:
-        self.called = True
-        try:
-            callback()
-        except Exception as error:      # a callback has no caller who could take it
-            PyErr_SetObject(type(error), error)
-            PyErr_WriteUnraisable(callback)
-        return 0
-
-    cdef int serve_hot(self, list events) except -1:
-        cdef StreamConnection hot = self.hot
-        if self.hot_result == NOTHING or hot is None:
-            return 0
-        if self.hot_result > 0:
-            hot.parse(events)
-        else:
-            hot.finish(events, hot.end_reason(self.hot_result))
-        return 0
-
-    cdef int serve_ready(self, list events) except -1:
-        cdef uint64_t count
-        cdef int i
-        cdef object entry
-        for i in range(self.num_ready):
-            if self.closed:
-                return 0
-            if self.ready[i].data.u64 == WAKE_TOKEN:
-                read(self.wake_fd, &count, sizeof(count))
-                continue
-            entry = self.entries.get(self.ready[i].data.u64)
-            if isinstance(entry, StreamConnection):
-                self.serve_connection(entry, self.ready[i].events, events)
-            elif entry is not None:
-                self.run((<Watch>entry).on_readable)
-        return 0
-
-    cdef int serve_connection(
-        self, StreamConnection connection, uint32_t what, list events
-    ) except -1:
-        cdef Py_ssize_t result
-        if what & EPOLLOUT:
-            connection.drain()
-        if not what & ~EPOLLOUT:
-            return 0
-        if connection.missing > HOLD_GIL:
-            with nogil:
-                result = connection.receive()
-        else:
-            result = connection.receive()
-        if result > 0:
-            self.hot = connection
-            connection.parse(events)
-        elif result != NOTHING:
-            connection.finish(events, connection.end_reason(result))
-        return 0
-
-    cdef int control(self, int operation, int fd, uint32_t events, uint64_t token) except -1:
-        """Change the epoll set; nothing to do once the poller is closed."""
-        cdef epoll_event event
-        event.events = events
-        event.data.u64 = token
-        if self.epoll_fd >= 0 and epoll_ctl(self.epoll_fd, operation, fd, &event) < 0:
-            raise failure(f"watch file descriptor {fd}", errno)
-        return 0
-
-    cdef int teardown(self) except -1:
-        """Let go of everything; the poller is closed and nobody polls."""
-        cdef StreamConnection connection
-        if self.epoll_fd < 0:
-            return 0
-        for entry in list(self.entries.values()):
-            if isinstance(entry, StreamConnection):
-                connection = entry
-                connection.closing = True
-                connection.shut()
-                connection.finish([], None)
-        for enrolled in list(self.enrolled):
-            enrolled.abort()
-        close(self.epoll_fd)
-        self.epoll_fd = -1
-        return self.clear()
-
-    cdef int forget(self) except -1:
-        """In the child of a fork: close the copies of all descriptors, and only them."""
-        cdef StreamConnection connection
-        self.closed = True
-        for entry in list(self.entries.values()):
-            if isinstance(entry, StreamConnection):
-                connection = entry
-                connection.closing = connection.ended = True
-                if connection.fd >= 0:
-                    close(connection.fd)
-                connection.fd = -1
-        for fd in (self.epoll_fd, self.wake_fd):
-            if fd >= 0:
-                close(fd)
-        self.epoll_fd = self.wake_fd = -1
-        return self.clear()
-
-    cdef int clear(self) except -1:
-        self.entries.clear()
-        self.watches.clear()
-        self.posted.clear()
-        self.timers.clear()
-        self.next_timer = math.inf
-        self.hot = None
-        return 0
 
 
 @cython.final
@@ -562,14 +114,16 @@ cdef class Write:
 
 
 @cython.final
-cdef class StreamConnection:
+cdef class StreamConnection(Pollable):
     """A connection over a connected stream socket; takes the descriptor over.
 
-    Made after the handshake; from then on the events come out of ``poller``.
+    Made after the handshake; from then on the events come out of ``poller``. With a
+    ``ring`` the messages go through the memory that it shares with the peer.
     """
 
     def __cinit__(
-        self, Poller poller not None, int fd, *, str scheme, str peer_address, object identity
+        self, PollerType poller not None, int fd, *, str scheme, str peer_address, object identity,
+        Ring ring=None
     ):
         self.fd = -1
         self.poller = poller
@@ -587,12 +141,21 @@ cdef class StreamConnection:
         self.token = poller.last_token
         poller.entries[self.token] = self
         self.fd = fd
+        if ring is not None:
+            self.memory = ring
+            self.arrivals = Arrivals()
+            self.ring = &ring.end
+            self.ring.fd = fd
+            self.ring.token = self.token
         try:
             poller.control(EPOLL_CTL_ADD, fd, EPOLLIN, self.token)
         except TransportError:
             self.fd = -1      # the caller still owns it
             del poller.entries[self.token]
             raise
+
+    def __init__(self, *args, **kwargs):
+        pass
 
     def __dealloc__(self):
         if self.fd >= 0:
@@ -624,6 +187,8 @@ cdef class StreamConnection:
         ):
             return self.send_small(message)
         write = Write(message.parts(), 0)
+        if self.ring != NULL and message.payload_nbytes >= LENDABLE:
+            write = self.lend(message, write)
         self.queue.append(write)
         self.drain()
         if self.error is not None and not write.done:
@@ -632,48 +197,85 @@ cdef class StreamConnection:
 
     cdef bint send_small(self, Outgoing message) except -1:
         """Send one block at once; nobody else is writing and the queue is empty."""
-        cdef Py_ssize_t result = send(
-            self.fd, message.head, message.head_nbytes, MSG_NOSIGNAL | MSG_DONTWAIT
-        )
+        cdef iovec piece
+        cdef Py_ssize_t result
+        cdef Write write
+        piece.iov_base = message.head
+        piece.iov_len = message.head_nbytes
+        result = self.put(&piece, 1)
         if result == message.head_nbytes:
             return True
-        if result < 0 and errno != EAGAIN and errno != EINTR:
-            self.broke(errno)
+        if result < 0 and result != -EAGAIN and result != -EINTR:
+            self.broke(<int>-result)
             raise self.refusal()
-        self.queue.append(Write([message], result if result > 0 else 0))
-        self.arm()
-        return False
+        write = Write([message], result if result > 0 else 0)
+        self.queue.append(write)
+        self.drain()
+        return write.done
+
+    cdef Write lend(self, Outgoing message, Write parts):
+        """Copy a payload into the arena and return what says so to the peer.
+
+        Returns ``parts``, the message as it is, where the arena has no room.
+        """
+        cdef LoanRecord record
+        cdef char *data
+        cdef size_t total = 0
+        cdef int slab, i
+        for i in range(1, parts.count):
+            total += parts.pieces[i].iov_len
+        if self.arena is None:
+            self.arena = Arena(self.memory, self.fd)
+        slab = self.arena.take(total, &record)
+        if slab < 0:
+            return parts
+        data = self.arena.slots[slab].data
+        with nogil:
+            for i in range(1, parts.count):
+                memcpy(data, parts.pieces[i].iov_base, parts.pieces[i].iov_len)
+                data += parts.pieces[i].iov_len
+        return Write([(<char*>&record)[:sizeof(record)], message], 0)
+
+    cdef Py_ssize_t put(self, const iovec *pieces, int count) noexcept nogil:
+        """Hand bytes to the kernel or the ring; return how many, or -errno."""
+        cdef msghdr message
+        cdef Py_ssize_t result
+        if self.ring != NULL:
+            return ring_write(self.ring, pieces, count)
+        memset(&message, 0, sizeof(message))
+        message.msg_iov = <iovec*>pieces
+        message.msg_iovlen = count
+        result = sendmsg(self.fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
+        return result if result >= 0 else -errno
 
     cdef int drain(self) except -1:
         """Send from the queue until it is empty or the kernel is full (S2)."""
         cdef iovec pieces[GATHER]
-        cdef msghdr message
         cdef size_t total
         cdef Py_ssize_t result = 0
-        cdef int code = 0
+        cdef int count
         if self.writing:
             return 0
         self.writing = True
-        memset(&message, 0, sizeof(message))
-        message.msg_iov = pieces
         while self.queue and not self.ended:
-            message.msg_iovlen = self.gather(pieces, &total)
+            count = self.gather(pieces, &total)
             if total > HOLD_GIL:
                 with nogil:
-                    result = sendmsg(self.fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
-                    code = errno
+                    result = self.put(pieces, count)
             else:
-                result = sendmsg(self.fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
-                code = errno
+                result = self.put(pieces, count)
             if result >= 0:
                 self.sent(result)
-            if result < <Py_ssize_t>total and (result >= 0 or code != EINTR):
-                break
+            if result < <Py_ssize_t>total and result != -EINTR:
+                if self.ring == NULL or (result < 0 and result != -EAGAIN):
+                    break
+                if not ring_starve(self.ring, True):
+                    break
         self.writing = False
         if self.ended:
             return self.release()
-        if result < 0 and code != EAGAIN:
-            return self.broke(code)
+        if result < 0 and result != -EAGAIN:
+            return self.broke(<int>-result)
         return self.arm()
 
     cdef int gather(self, iovec *pieces, size_t *total) except -1:
@@ -704,6 +306,10 @@ cdef class StreamConnection:
     cdef int arm(self) except -1:
         """Ask for EPOLLOUT while something is queued, and only then (S3)."""
         cdef bint wanted = len(self.queue) > 0
+        if self.ring != NULL:
+            if not wanted:
+                ring_starve(self.ring, False)
+            return 0
         if wanted != self.armed and not self.ended:
             self.armed = wanted
             self.poller.control(
@@ -740,10 +346,10 @@ cdef class StreamConnection:
         while not self.flushed() and not self.ended and self.error is None and now_s() < deadline:
             self.drain()
             writable.fd = self.fd
-            writable.events = POLLOUT
+            writable.events = POLLOUT if self.ring == NULL else 0
             if not self.flushed():
                 with nogil:
-                    poll(&writable, 1, 10)
+                    poll(&writable, 1, 10 if self.ring == NULL else 1)
         self.shut()
 
     def abort(self):
@@ -761,6 +367,68 @@ cdef class StreamConnection:
 
     # --- input: the polling thread --------------------------------------------------------
 
+    cdef bint serve(self, uint32_t what, list events) except -1:
+        """Do what epoll's or the ring's bits ask for; return whether bytes came."""
+        cdef Py_ssize_t result
+        if what & (EPOLLOUT | RING_OUT):
+            self.drain()
+        if self.ring != NULL:
+            if what & ~(EPOLLOUT | RING_IN | RING_OUT) and not self.listen(events):
+                return False
+            self.poller.attend(self.ring)
+        elif not what & ~EPOLLOUT:
+            return False
+        if self.missing > HOLD_GIL:
+            with nogil:
+                result = self.receive()
+        else:
+            result = self.receive()
+        if result == NOTHING:
+            return False
+        self.received(result, events)
+        return result > 0 and not self.ended
+
+    cdef bint listen(self, list events) except -1:
+        """Take what the socket of a connection with a ring brings; return whether it lives."""
+        cdef Py_ssize_t result
+        cdef int turns
+        try:
+            result = self.hear_bells()
+        except Exception as error:
+            self.finish(events, error)
+            return False
+        if result > 0 or result == NOTHING:
+            self.drain()
+            return True
+        if result == -ECONNRESET:
+            result = 0            # it left bells unheard, as it may
+        for turns in range(2 * RING // BUFFER):      # what it wrote before it went
+            if self.receive() <= 0:
+                break
+            self.parse(events)
+        self.finish(events, self.end_reason(result))
+        return False
+
+    cdef Py_ssize_t hear_bells(self) except? -2:
+        """Read the socket of a connection with a ring once, and take in what it passes."""
+        cdef char bells[256]
+        cdef int passed, i
+        cdef Py_ssize_t result = hear(self.fd, bells, sizeof(bells), &passed)
+        if passed >= 0:
+            try:
+                self.arrivals.adopt(passed)
+            finally:
+                close(passed)
+        for i in range(<int>max(result, 0)):
+            if bells[i] != BELL and bells[i] != CHUNK:
+                raise ProtocolError(f"cannot receive: byte {bells[i]} on the socket is no bell")
+        return result
+
+    cdef int received(self, Py_ssize_t result, list events) except -1:
+        if result > 0:
+            return self.parse(events)
+        return self.finish(events, self.end_reason(result))
+
     cdef Py_ssize_t receive(self) noexcept nogil:
         """Read what the kernel has, up to TURN bytes.
 
@@ -773,11 +441,15 @@ cdef class StreamConnection:
         while True:
             pieces[1].iov_base = self.buffer + self.end
             pieces[1].iov_len = BUFFER - self.end
-            if self.missing == 0:
+            pieces[0].iov_base = self.target
+            pieces[0].iov_len = self.missing
+            if self.ring != NULL:
+                result = ring_read(self.ring, pieces, 2)
+                if result < 0:
+                    return total if total > 0 else result
+            elif self.missing == 0:
                 result = recv(self.fd, pieces[1].iov_base, pieces[1].iov_len, MSG_DONTWAIT)
             else:
-                pieces[0].iov_base = self.target
-                pieces[0].iov_len = self.missing
                 result = readv(self.fd, pieces, 2)
             if result < 0 and errno == EINTR:
                 continue
@@ -800,6 +472,7 @@ cdef class StreamConnection:
             self.start = self.end = 0       # nobody wants it, but the end must be found
             self.missing = 0
             self.stage = IN_HEADER
+            self.payload = None
             return 0
         if self.missing > 0:
             return 0
@@ -815,24 +488,47 @@ cdef class StreamConnection:
         return 0
 
     cdef int parse_messages(self, list events) except -1:
+        cdef Slab slab
         while self.missing == 0:
             if self.stage == IN_HEADER:
                 if self.end - self.start < HEADER_NBYTES:
                     return 0
+                if self.ring != NULL and <unsigned char>self.buffer[self.start] == LOAN_MARK:
+                    self.accept_loan()
+                    continue
                 read_header(<unsigned char*>self.buffer + self.start, &self.header)
                 self.start += HEADER_NBYTES
                 self.stage = IN_META
                 self.meta = PyBytes_FromStringAndSize(NULL, self.header.meta_nbytes)
                 self.expect(PyBytes_AS_STRING(self.meta), self.header.meta_nbytes)
+            elif self.stage == IN_META and self.payload is not None:
+                if self.payload_nbytes != self.header.payload_nbytes:
+                    raise ProtocolError("cannot take a loan: the message has another payload")
+                self.stage = IN_PAYLOAD
             elif self.stage == IN_META and self.header.payload_nbytes > 0:
                 self.stage = IN_PAYLOAD
-                self.payload = shared.take(self.header.payload_nbytes)
-                self.expect(self.payload.data, self.header.payload_nbytes)
+                slab = shared.take(self.header.payload_nbytes)
+                self.payload = slab
+                self.expect(slab.data, self.header.payload_nbytes)
             else:
                 self.stage = IN_HEADER
                 events.append((self, make_frame(&self.header, self.meta, self.payload)))
                 self.meta = None
                 self.payload = None
+        return 0
+
+    cdef int accept_loan(self) except -1:
+        """Take over the payload that lies in the peer's arena; its message follows."""
+        cdef LoanRecord record
+        memcpy(&record, self.buffer + self.start, sizeof(record))
+        self.start += sizeof(record)
+        if self.payload is not None:
+            raise ProtocolError("cannot take a loan: the one before belongs to no message")
+        while not self.arrivals.knows(record.chunk):      # passed before the record was written
+            if self.hear_bells() <= 0:
+                break
+        self.payload = self.arrivals.claim(&record, self.memory)
+        self.payload_nbytes = record.nbytes
         return 0
 
     cdef int expect(self, void *target, Py_ssize_t nbytes) except -1:
@@ -852,7 +548,7 @@ cdef class StreamConnection:
             return self.error
         if result < 0:
             return failure(f"receive from {self.peer_address}", <int>-result)
-        if self.stage != IN_HEADER or self.end > 0:
+        if self.stage != IN_HEADER or self.end > 0 or self.payload is not None:
             return TransportError(
                 f"cannot receive from {self.peer_address}: it ended in the middle of a message"
             )
@@ -867,6 +563,9 @@ cdef class StreamConnection:
         if self.poller.hot is self:
             self.poller.hot = None
         self.poller.control(EPOLL_CTL_DEL, self.fd, 0, self.token)
+        if self.ring != NULL:
+            self.poller.neglect(self.ring)
+            ring_leave(self.ring)
         self.meta = None
         self.payload = None
         self.missing = 0
@@ -878,6 +577,22 @@ cdef class StreamConnection:
     cdef int release(self) except -1:
         """Close the descriptor: the input has ended and nobody is writing."""
         self.queue.clear()
+        if self.fd >= 0:
+            close(self.fd)
+        self.fd = -1
+        if self.ring != NULL:
+            self.ring.fd = -1
+        if self.arena is not None:
+            self.arena.fd = -1
+        return 0
+
+    cdef int drop(self) except -1:
+        self.closing = True
+        self.shut()
+        return self.finish([], None)
+
+    cdef int forget(self) except -1:
+        self.closing = self.ended = True
         if self.fd >= 0:
             close(self.fd)
         self.fd = -1

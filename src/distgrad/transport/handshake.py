@@ -15,6 +15,7 @@ from typing import Any
 from distgrad.errors import AuthenticationError, TransportError
 from distgrad.transport._stream import Poller
 from distgrad.transport.base import MAX_HANDSHAKE_BYTES, Handshake
+from distgrad.transport.shm import Offer
 
 __all__ = ["HalfOpen", "authenticate"]
 
@@ -68,6 +69,8 @@ class HalfOpen:
         The accepted socket.
     timeout_s
         How long the peer may take for all of it.
+    offer
+        Of shared memory, made once the peer is known; None if there is none to make.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class HalfOpen:
         timeout_s: float,
         on_finished: Callable[[Any], None],
         on_failed: Callable[[Exception], None],
+        offer: Offer | None = None,
     ) -> None:
         self._sock = sock
         self._poller = poller
@@ -85,6 +89,8 @@ class HalfOpen:
         self._reader = _Reader()
         self._on_finished = on_finished
         self._on_failed = on_failed
+        self._offer = offer
+        self._offered = False
         self._timer = poller.call_later(timeout_s, self._expire)
         sock.setblocking(False)
         poller.watch(sock.fileno(), self._on_readable)
@@ -121,6 +127,16 @@ class HalfOpen:
             self._on_finished(self._handshake.identity)
 
     def _advance(self) -> bool:
+        if self._offered:
+            assert self._offer is not None
+            return self._offer.take_answer(self._sock)
+        finished = self._shake_hands()
+        if finished and self._offer is not None:
+            self._offered = self._offer.send(self._sock)
+            return not self._offered
+        return finished
+
+    def _shake_hands(self) -> bool:
         try:
             data = self._sock.recv(self._reader.wants())
         except BlockingIOError:

@@ -1,0 +1,23 @@
+import sys
+from typing import NoReturn, final
+
+from distgrad.transport._ring import Ring
+
+@final
+class Arena:
+    def __new__(cls, ring: Ring, fd: int) -> Arena: ...
+
+@final
+class Arrivals: ...
+
+@final
+class Chunk: ...
+
+@final
+class Loan:
+    def __init__(self, *args: object, **kwargs: object) -> NoReturn: ...
+    def __len__(self) -> int: ...
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
+
+def memory_file(name: str, nbytes: int) -> int: ...
