@@ -75,6 +75,8 @@ cdef class Poller:
     cdef int cpus                  # CPUs of this process
     cdef int interval              # turns from one epoll_wait(0) to the next while spinning
     cdef int turn                  # counts up to interval
+    cdef int patience              # rounds of looking at rings from one sched_yield to the next
+    cdef int streak                # messages from rings since all sockets were looked at
 
     cdef void ring(self) noexcept nogil
     cdef int control(self, int operation, int fd, uint32_t events, uint64_t token) except -1

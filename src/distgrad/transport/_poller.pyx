@@ -65,6 +65,7 @@ cdef enum:
 cdef extern from "pythread.h" nogil:
     unsigned long PyThread_get_thread_ident()
 
+cdef double CROWDED_S = 2e-6           # a yield longer than this gave the processor away
 cdef double LONGEST_S = 3600.0         # of one epoll_wait
 cdef double SIGNAL_SLICE_S = 0.2       # same in the main thread, where signals are looked for
 cdef Py_ssize_t NOTHING = -EAGAIN      # nothing to read now
@@ -149,7 +150,7 @@ cdef class Poller:
         self.last_token = WAKE_TOKEN
         self.cpus = len(os.sched_getaffinity(0))
         self.budget_s = 1e-6 * config.spin_us
-        self.interval = 1
+        self.interval = self.patience = 1
         self.control(EPOLL_CTL_ADD, self.wake_fd, EPOLLIN, WAKE_TOKEN)
         _pollers.add(self)
 
@@ -320,9 +321,12 @@ cdef class Poller:
     cdef void wait(self, Pollable hot, bint has_hot, double until) noexcept nogil:
         """Wait until a socket is ready, the hot one was read, somebody wakes, or ``until``."""
         cdef double start = now_s(), now = start, limit
-        cdef int round_ = 0
+        cdef int round_ = 0, yields = YIELD_TURNS
+        cdef bint crowded
         self.hot_result = NOTHING
         self.num_ready = 0
+        if has_hot and hot.ring != NULL:       # an answer may come sooner than a yield returns
+            yields = self.patience
         limit = min(start + min(self.budget_s, self.most_s), until)
         if until <= start:
             self.turn = RING_TURNS         # the only look: at all connections
@@ -339,8 +343,11 @@ cdef class Poller:
             if now >= limit or get_flag(&self.woken):
                 break
             round_ += 1
-            if round_ % YIELD_TURNS == 0:
+            if round_ % yields == 0:
                 sched_yield()
+                # If that took long, others want this processor, and perhaps the peer is one.
+                crowded = now_s() - now > CROWDED_S
+                self.patience = 1 if crowded else min(2 * self.patience, 4 * YIELD_TURNS)
         if now >= until or get_flag(&self.woken):
             return
         if self.most_s > 0.0:
@@ -360,8 +367,9 @@ cdef class Poller:
         if self.num_attended > 0 and self.look_at_rings(hot, has_hot):
             if self.interval < MAX_INTERVAL:
                 self.interval += 1
-            self.turn += 1
-            if self.turn >= RING_TURNS:
+            self.turn = 0
+            self.streak += 1
+            if self.streak >= RING_TURNS:
                 self.look_at_sockets()
             return True
         if has_hot and hot.ring == NULL:
@@ -414,7 +422,7 @@ cdef class Poller:
         cdef int found = epoll_wait(
             self.epoll_fd, self.ready + self.num_ready, READY - self.num_ready, 0
         )
-        self.turn = 0
+        self.turn = self.streak = 0
         if found > 0:
             self.num_ready += found
             self.interval = 1
