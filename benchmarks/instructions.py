@@ -79,6 +79,82 @@ def backward_chain() -> Call:
     return call
 
 
+class LooseEnd:
+    """A connection that takes everything and brings nothing."""
+
+    closed = False
+    peer = 1
+
+    def send(self, message: object) -> bool:
+        return True
+
+
+def echo(value: object) -> object:
+    return value
+
+
+def worker_without_threads() -> Any:
+    """Return the worker 0 of two, connected to nobody, and make it the current one."""
+    from distgrad.rpc.activity import Activity, activity
+    from distgrad.rpc.options import RpcBackendOptions
+    from distgrad.rpc.worker import Worker
+    from distgrad.rpc.world import Member, World
+    from distgrad.transport._stream import Poller
+
+    members = [Member(f"worker{i}", i, 1, "", "", ()) for i in range(2)]
+    worker = Worker(World(members, 0, None), RpcBackendOptions(), Poller())
+    worker.agent.crew.watched = True  # so that no thread comes to do it
+    worker.agent.links.routes[1] = LooseEnd()
+    activity.set(Activity(worker))
+    return worker
+
+
+def make_call() -> Call:
+    """Make a call, and take its answer in; without a transport."""
+    import contextvars
+
+    import numpy as np
+
+    from distgrad import rpc
+    from distgrad._codec import encode, parse
+    from distgrad.message import Reply, code_of
+
+    agent = worker_without_threads().agent
+    context = contextvars.copy_context()
+    value, end, kind = np.ones(1, np.float32), agent.links.routes[1], code_of(Reply)
+
+    def call() -> None:
+        future: Any = context.run(rpc.rpc_async, 1, echo, (value,))
+        answer = parse(encode(kind, (value,), request_id=future.request_id))
+        agent.on_events([(end, answer)])
+        future.wait()
+
+    return call
+
+
+def serve_call() -> Call:
+    """Take a call in, run an empty function, and answer; without a transport."""
+    import contextvars
+
+    import numpy as np
+
+    from distgrad import rpc
+    from distgrad._codec import encode, parse
+    from distgrad.message import Call as CallMessage
+    from distgrad.message import code_of
+
+    rpc.expose(echo)
+    agent = worker_without_threads().agent
+    body = (f"{__name__}:echo", (np.ones(1, np.float32),), None)
+    frame = parse(encode(code_of(CallMessage), body, request_id=5, chain=5, deadline_us=1 << 30))
+
+    def call() -> None:
+        agent.on_events([(agent.links.routes[1], frame)])
+        contextvars.Context().run(agent.crew.backlog.popleft())
+
+    return call
+
+
 #: How often each is repeated: two processes differ by some 10^5 instructions for other reasons.
 CASES = {
     encode_arguments: 20000,
@@ -86,6 +162,8 @@ CASES = {
     encode_gradients: 20000,
     record_operation: 20000,
     backward_chain: 1000,
+    make_call: 10000,
+    serve_call: 10000,
 }
 NAMES = {prepare.__name__: prepare for prepare in CASES}
 

@@ -86,8 +86,9 @@ def test_interrupt_of_wait_for_own_future_leaves_a_worker_that_works(pair):
     assert pair.run(interrupt_own_future, ranks=[0]) == [5]
 
 
-def shoot(times, seed=1):
-    pause, dice = threading.Event(), random.Random(seed)
+def shoot(times, begin):
+    pause, dice = threading.Event(), random.Random(1)
+    begin.wait(10)
     for _ in range(times):
         pause.wait(dice.uniform(0.0005, 0.003))
         os.kill(os.getpid(), signal.SIGINT)
@@ -97,11 +98,12 @@ def call_under_fire(rank):
     """Call while interrupts arrive at any moment; what was interrupted is asked for again."""
     hits, answers, future, i = 0, [], None, 0
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    shooter = threading.Thread(target=shoot, args=(1000,))
+    begin, over = threading.Event(), False
+    shooter = threading.Thread(target=shoot, args=(1000, begin))
     shooter.start()
-    over = False
     while not over:
         try:
+            begin.set()
             # An interrupted wait leaves the future as it was: its answer must still come.
             future = future or rpc.rpc_async(1, echo, (i,), timeout=20)
             value = future.wait(10)

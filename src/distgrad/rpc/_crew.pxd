@@ -40,7 +40,7 @@ cdef class CrewCore(Desk):
     cdef bint resident_leads       # a serving thread leads
     cdef list unread               # events that were polled and not taken in; None without
     cdef readonly object backlog   # deque of tasks for serving threads
-    cdef readonly object followers # deque of Waiter
+    cdef readonly object followers  # deque of Waiter
     cdef dict innermost            # chain -> the Waiter that may run its tasks
     cdef public bint watched       # a thread watches
     cdef public bint summoned      # or is on its way to

@@ -50,7 +50,7 @@ cdef class Exchange:
     cdef readonly dict handlers    # code of a kind -> Handling
     cdef public bint closed        # the worker was shut down
     cdef readonly uint64_t issued  # requests sent
-    cdef readonly uint64_t handled # requests answered, or dropped because they were too late
+    cdef readonly uint64_t handled  # requests answered, or dropped because they were too late
     cdef readonly uint64_t bytes_sent      # of messages
     cdef readonly uint64_t bytes_received
     cdef dict routes               # peer -> connection to send on; kept by links

@@ -17,7 +17,7 @@ from libc.stdint cimport uint8_t, uint64_t
 from distgrad._codec cimport HEADER_NBYTES, Frame, Outgoing, decode_message, encode_message
 from distgrad.rpc._activity cimport Activity, current_activity, enter_activity
 from distgrad.rpc._crew cimport CrewCore, Job
-from distgrad.rpc._future cimport IS_DONE, IS_PENDING, Future, PendingRequests, RpcFuture
+from distgrad.rpc._future cimport IS_DONE, Future, PendingRequests, RpcFuture
 
 from distgrad.errors import (
     ProtocolError,
