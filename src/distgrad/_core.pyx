@@ -41,6 +41,27 @@ from distgrad.graph._node import (
 )
 from distgrad.graph.modes import enable_grad, is_grad_enabled, no_grad, set_grad_enabled
 
+__all__ = [
+    "AccumulateGrad",
+    "GradientTable",
+    "GraphTask",
+    "Node",
+    "Op",
+    "RemovableHandle",
+    "Spec",
+    "Tensor",
+    "enable_grad",
+    "grad",
+    "gradient_edge",
+    "is_grad_enabled",
+    "no_grad",
+    "operation",
+    "register",
+    "registered",
+    "set_grad_enabled",
+    "set_history",
+]
+
 cnp.import_array()
 
 cdef extern from "Python.h":

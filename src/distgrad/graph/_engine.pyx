@@ -402,11 +402,13 @@ cdef class GraphTask:
     cdef int seed(self, list starts) except -1:
         """Put the roots' gradients in, before all edges in the order of sums."""
         cdef int i, slot, place
+        cdef int *held
         for i, slot, gradient in starts:
             slot += self.visits[i].first_slot
             place = -1
-            if self.held_range != NULL and self.held_range[2 * slot] < self.held_range[2 * slot + 1]:
-                place = self.held_range[2 * slot]
+            held = self.held_range + 2 * slot if self.held_range != NULL else NULL
+            if held != NULL and held[0] < held[1]:
+                place = held[0]
                 while self.held[place] != NULL:
                     place += 1
             self.put(slot, place, gradient)
@@ -495,7 +497,7 @@ cdef class GraphTask:
         return 0
 
     cdef int pop(self) noexcept:
-        cdef int first = self.heap[0].visit, i = 0, child
+        cdef int first = self.heap[0].visit, i = 0, child, right
         cdef Ready last
         self.n_heap -= 1
         last = self.heap[self.n_heap]
@@ -503,8 +505,9 @@ cdef class GraphTask:
             child = 2 * i + 1
             if child >= self.n_heap:
                 break
-            if child + 1 < self.n_heap and self.heap[child + 1].sequence > self.heap[child].sequence:
-                child += 1
+            right = child + 1
+            if right < self.n_heap and self.heap[right].sequence > self.heap[child].sequence:
+                child = right
             if last.sequence >= self.heap[child].sequence:
                 break
             self.heap[i] = self.heap[child]
@@ -633,7 +636,7 @@ cdef class GraphTask:
         return 0
 
     cdef int step_leaf(self, int index, AccumulateGrad node, list grads) except -1:
-        """A leaf with hooks, or in a pass with inputs; its node's hooks run without gradient too."""
+        """A leaf with hooks, or in a pass with inputs; its node's hooks run in any case."""
         cdef Hooks hooks = node.variable.hooks
         cdef dict wanted = self.wanted
         if hooks is not None and 0 in hooks.tensor and grads[0] is not None:

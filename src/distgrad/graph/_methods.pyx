@@ -8,7 +8,7 @@ cimport numpy as cnp
 
 from distgrad.graph._kernels cimport small_sum
 from distgrad.graph._node cimport (
-    OPS, Op, OpNode, TensorBase, attach, check_fresh, connect, finish, grad_enabled, new_node,
+    OPS, Op, OpNode, TensorBase, check_fresh, connect, finish, grad_enabled, new_node,
     share_storage, wrap,
 )
 from distgrad.graph._writes cimport unwrap_index

@@ -14,7 +14,7 @@ from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE, PyTuple_New, PyTu
 
 from distgrad.graph._kernels cimport (
     ADD, DIVIDE, EXP, GETITEM, MULTIPLY, NEGATIVE, RELU, RESHAPE, SIGMOID, SQRT, SQUARE,
-    SUBTRACT, SUM, TANH, Kernel, small_binary, small_negative,
+    SUBTRACT, SUM, TANH, small_binary, small_negative,
 )
 
 import operator

@@ -5,7 +5,7 @@ cimport numpy as cnp
 from cpython.object cimport PyObject
 
 from distgrad.graph._node cimport (
-    OPS, Node, Op, OpNode, Storage, TensorBase, attach, binary, call_op, check_fresh, connect,
+    OPS, Node, Op, OpNode, Storage, TensorBase, attach, binary, check_fresh, connect,
     dg_drop, grad_enabled, mark_written, new_node, save, unwrap, wrap,
 )
 
@@ -70,7 +70,9 @@ cdef object write_operator(Op op, TensorBase target, object other, str writer):
 cdef int write_item(TensorBase target, object index, object value) except -1:
     cdef OpNode node
     cdef unsigned int mask = 0
-    cdef bint tracked = target.needs or (isinstance(value, TensorBase) and (<TensorBase>value).needs)
+    cdef bint tracked = target.needs
+    if not tracked and isinstance(value, TensorBase):
+        tracked = (<TensorBase>value).needs
     plain_index = unwrap_index(index)
     if not (tracked and grad_enabled()):
         target.array[plain_index] = unwrap(value)
