@@ -17,6 +17,7 @@ import importlib
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -25,6 +26,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 DEADLINE_S = 60.0
+SETTLE_S = 5.0  # a world that outlives the test still releases contexts on its other workers
 STDERR = pytest.StashKey[int]()
 BOOKS = pytest.StashKey[dict[str, int]]()
 PASSED = pytest.StashKey[bool]()
@@ -117,6 +119,13 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     count, books = live_objects(), item.stash.get(BOOKS, None)
     if count is None or books is None or not item.stash.get(PASSED, False):
         return
-    gc.collect()
-    grown = {name: n - books.get(name, 0) for name, n in count().items() if n > books.get(name, 0)}
+    until = time.monotonic() + SETTLE_S
+    while (grown := growth(books, count)) and time.monotonic() < until:
+        time.sleep(0.01)
     assert not grown, f"the test left live objects behind: {grown}"
+
+
+def growth(books: dict[str, int], count: Callable[[], dict[str, int]]) -> dict[str, int]:
+    """Return of which classes more objects are alive than the books say, and how many."""
+    gc.collect()
+    return {name: n - books.get(name, 0) for name, n in count().items() if n > books.get(name, 0)}

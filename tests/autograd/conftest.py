@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from distgrad.testing import World
 
 # Importlib mode puts no folder on the path; `served` holds what the workers call.
 sys.path.insert(0, str(Path(__file__).parent))
+served = importlib.import_module("served")
 
 
 @pytest.fixture(params=["inproc", "unix"])
@@ -19,6 +21,7 @@ def trio(request: pytest.FixtureRequest) -> Iterator[World]:
     """Three workers, as threads and as processes."""
     with World(3, transport=request.param) as world:
         yield world
+    served.weights.of.clear()
 
 
 @pytest.fixture

@@ -289,7 +289,8 @@ def hooked(rank: int) -> Any:
         y = rpc.rpc_sync("worker1", served.scale, args=(x,))
         y.register_hook(lambda g: seen.append("received") or g + 1.0)
         (send,) = dist_autograd.retrieve_context(context_id).send_functions.values()
-        send.register_hook(lambda inputs, outputs: seen.append(send.name()))
+        name = send.name()  # a hook that refers to its own node would keep it alive
+        send.register_hook(lambda inputs, outputs: seen.append(name))
         dist_autograd.backward(context_id, [y.sum()])
         return seen, gradient(context_id, x)
 
