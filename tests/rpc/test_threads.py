@@ -146,21 +146,19 @@ def send_to_stopped_worker(rank):
     timer.start()
     start = time.monotonic()
     small = [rpc.rpc_async(1, echo, (i,)) for i in range(3000)]
-    took_small = time.monotonic() - start
+    took = time.monotonic() - start
     array = np.zeros(4_000_000)
     large = rpc.rpc_async(1, echo, (array,))
-    took_large = time.monotonic() - start
     array[:] = 1  # must not reach the other side
     values = rpc.wait_all(small, 30)
-    return took_small, took_large, values == list(range(3000)), not large.wait(30).any()
+    return took, values == list(range(3000)), not large.wait(30).any()
 
 
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
-def test_worker_that_does_not_read_holds_up_large_messages_only(transport):
+def test_worker_that_does_not_read_holds_up_no_small_call_and_gets_what_was_sent(transport):
     with World(2, transport=transport) as world:
-        ((small, large, all_small, unchanged),) = world.run(send_to_stopped_worker, ranks=[0])
-    assert small < 0.9
-    assert large > 0.5
+        ((took, all_small, unchanged),) = world.run(send_to_stopped_worker, ranks=[0])
+    assert took < 0.9
     assert all_small
     assert unchanged
 
