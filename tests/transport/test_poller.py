@@ -14,7 +14,7 @@ import pytest
 from distgrad.config import config
 from distgrad.errors import TransportError
 from distgrad.testing.transport_pair import unraisable
-from distgrad.transport._stream import Poller
+from distgrad.transport._poller import Poller
 
 LONG_S = 30.0
 

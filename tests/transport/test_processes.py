@@ -27,7 +27,7 @@ PEER = """
 import os, sys, numpy as np
 from distgrad._codec import Frame, decode
 from distgrad.testing.transport_pair import handshakes, message
-from distgrad.transport._stream import Poller
+from distgrad.transport._poller import Poller
 from distgrad.transport.registry import transport_for
 
 poller = Poller()
@@ -263,7 +263,7 @@ def test_exit_without_close_removes_the_socket_file() -> None:
     program = """
         import sys
         from distgrad.testing.transport_pair import handshakes
-        from distgrad.transport._stream import Poller
+        from distgrad.transport._poller import Poller
         from distgrad.transport.stream import UnixTransport
         poller = Poller()
         listener = UnixTransport().listen(

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from distgrad._codec import Frame, decode
 from distgrad.errors import AuthenticationError, ProtocolError, TransportError
 from distgrad.testing.transport_pair import Pair, handshakes, message
-from distgrad.transport._stream import Poller, StreamConnection
+from distgrad.transport._poller import Poller
+from distgrad.transport._stream import StreamConnection
 from distgrad.transport.base import Listener, Transport
 from distgrad.transport.stream import TcpTransport, UnixTransport
 

@@ -7,7 +7,7 @@ from typing_extensions import disjoint_base
 from distgrad.rpc._activity import Activity
 from distgrad.rpc._future import Desk
 from distgrad.rpc._leader import Leadership
-from distgrad.transport._stream import Poller
+from distgrad.transport._poller import Poller
 
 @final
 class Waiter:

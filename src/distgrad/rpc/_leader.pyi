@@ -2,7 +2,7 @@ from typing import Self
 
 from typing_extensions import disjoint_base
 
-from distgrad.transport._stream import Poller
+from distgrad.transport._poller import Poller
 
 @disjoint_base
 class Leadership:

@@ -17,7 +17,7 @@ from distgrad.rpc.crew import Crew
 from distgrad.rpc.failures import describe, rebuild
 from distgrad.rpc.future import Future, collect_all
 from distgrad.rpc.links import Links
-from distgrad.transport._stream import Poller
+from distgrad.transport._poller import Poller
 
 if TYPE_CHECKING:
     from distgrad.rpc.worker import Worker

@@ -10,7 +10,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from distgrad.rpc._crew import CrewCore
-from distgrad.transport._stream import Poller
+from distgrad.transport._poller import Poller
 
 __all__ = ["Crew"]
 

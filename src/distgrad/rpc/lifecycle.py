@@ -23,7 +23,7 @@ from distgrad.rpc.options import RpcBackendOptions
 from distgrad.rpc.payload import apply_limits
 from distgrad.rpc.worker import Worker
 from distgrad.rpc.world import World
-from distgrad.transport._stream import Poller
+from distgrad.transport._poller import Poller
 from distgrad.transport.base import Listener
 from distgrad.transport.registry import transport_for
 

@@ -18,7 +18,7 @@ from distgrad.rpc.future import Future
 from distgrad.rpc.hooks import Handler, PayloadHook
 from distgrad.rpc.options import RpcBackendOptions, WorkerInfo
 from distgrad.rpc.world import World
-from distgrad.transport._stream import Poller
+from distgrad.transport._poller import Poller
 
 __all__ = ["Worker"]
 

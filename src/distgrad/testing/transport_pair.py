@@ -11,7 +11,7 @@ from typing import Any
 
 from distgrad._codec import Frame, Outgoing, decode, encode
 from distgrad.errors import AuthenticationError
-from distgrad.transport._stream import Poller
+from distgrad.transport._poller import Poller
 from distgrad.transport.base import Connection, Handshake, HandshakeFactory, Listener, Transport
 
 __all__ = [

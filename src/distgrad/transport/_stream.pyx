@@ -35,7 +35,6 @@ from distgrad.transport._ring cimport (
 
 from distgrad.errors import ProtocolError, TransportError
 from distgrad.transport.base import Connection
-from distgrad.transport._poller import Poller
 
 cimport cython
 
@@ -391,7 +390,6 @@ cdef class StreamConnection(Pollable):
     cdef bint listen(self, list events) except -1:
         """Take what the socket of a connection with a ring brings; return whether it lives."""
         cdef Py_ssize_t result
-        cdef int turns
         try:
             result = self.hear_bells()
         except Exception as error:
@@ -402,7 +400,7 @@ cdef class StreamConnection(Pollable):
             return True
         if result == -ECONNRESET:
             result = 0            # it left bells unheard, as it may
-        for turns in range(2 * RING // BUFFER):      # what it wrote before it went
+        for _ in range(2 * RING // BUFFER):      # what it wrote before it went
             if self.receive() <= 0:
                 break
             self.parse(events)

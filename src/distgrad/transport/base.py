@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from distgrad._codec import Outgoing
-    from distgrad.transport._stream import Poller
+    from distgrad.transport._poller import Poller
 
 __all__ = ["MAX_HANDSHAKE_BYTES", "Connection", "Handshake", "Listener", "Transport"]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from distgrad.errors import AuthenticationError, TransportError
-from distgrad.transport._stream import Poller
+from distgrad.transport._poller import Poller
 from distgrad.transport.base import MAX_HANDSHAKE_BYTES, Handshake
 from distgrad.transport.shm import Offer
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from distgrad._codec import Frame, Outgoing, parse
 from distgrad.errors import AuthenticationError, TransportError
+from distgrad.transport._poller import Poller
 from distgrad.transport._pool import shared_pool
-from distgrad.transport._stream import Poller
 from distgrad.transport.address import parse_address
 from distgrad.transport.base import Connection, Handshake, HandshakeFactory, Listener, Transport
 

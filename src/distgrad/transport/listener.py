@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from distgrad.config import config
 from distgrad.errors import AuthenticationError
+from distgrad.transport._poller import Poller
 from distgrad.transport._ring import Ring
-from distgrad.transport._stream import Poller
 from distgrad.transport.base import Connection, Handshake, HandshakeFactory, Listener
 from distgrad.transport.handshake import HalfOpen
 from distgrad.transport.shm import Offer

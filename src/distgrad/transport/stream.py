@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from distgrad.errors import AuthenticationError, TransportError
+from distgrad.transport._poller import Poller
 from distgrad.transport._ring import Ring
-from distgrad.transport._stream import Poller, StreamConnection
+from distgrad.transport._stream import StreamConnection
 from distgrad.transport.address import (
     Address,
     format_host_port,
