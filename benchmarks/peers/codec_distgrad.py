@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import measure
 import messages
-from distgrad._codec import decode, encode, parse
 
 import distgrad
+from distgrad._codec import decode, encode, parse
 
 REQUEST = 1
 

@@ -23,6 +23,27 @@ from distgrad.graph.modes import is_grad_enabled as is_grad_enabled
 from distgrad.graph.modes import no_grad as no_grad
 from distgrad.graph.modes import set_grad_enabled as set_grad_enabled
 
+__all__ = [
+    "AccumulateGrad",
+    "GradientTable",
+    "GraphTask",
+    "Node",
+    "Op",
+    "RemovableHandle",
+    "Spec",
+    "Tensor",
+    "enable_grad",
+    "grad",
+    "gradient_edge",
+    "is_grad_enabled",
+    "no_grad",
+    "operation",
+    "register",
+    "registered",
+    "set_grad_enabled",
+    "set_history",
+]
+
 class Tensor(TensorBase):
     __array_priority__: float
     data: Any
