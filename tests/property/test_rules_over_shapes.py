@@ -8,17 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from drawn_rules import CASES, PAIRS, REAL_ONLY, Drawn, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import distgrad as dg
+from distgrad._core import Op, registered
 from distgrad.ops import nn
 from distgrad.testing import gradcheck, gradgradcheck
 
 Function = Callable[..., Any]
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3)
-PAIRS = hnp.mutually_broadcastable_shapes(num_shapes=2, max_dims=3, min_side=0, max_side=3)
 SEEDS = st.integers(0, 2**16)
 
 # Where each is smooth: an interval that all of them share.
@@ -27,7 +28,7 @@ UNARY: list[Function] = [
     *(np.log2, np.log10, np.log1p, np.sqrt, np.sin, np.cos, np.tan, np.arcsin, np.arccos),
     *(np.arctan, np.sinh, np.cosh, np.tanh, np.arcsinh, np.arctanh, np.absolute, np.conjugate),
     *(np.sinc, np.cbrt, np.degrees, np.radians, np.fabs, np.nan_to_num, np.copy),
-    *(nn.relu, nn.sigmoid, nn.softplus, nn.gelu),
+    *(np.rad2deg, np.deg2rad, np.real, nn.relu, nn.sigmoid, nn.softplus, nn.gelu),
 ]
 HOLOMORPHIC: list[Function] = [
     *(np.negative, np.square, np.reciprocal, np.exp, np.log, np.sqrt, np.sin, np.cos, np.tanh),
@@ -35,19 +36,16 @@ HOLOMORPHIC: list[Function] = [
 ]
 BINARY: list[Function] = [
     *(np.add, np.subtract, np.multiply, np.true_divide, np.power, np.float_power, np.hypot),
-    *(np.arctan2, np.logaddexp, np.logaddexp2),
+    *(np.arctan2, np.logaddexp, np.logaddexp2, np.maximum, np.minimum, np.fmax, np.fmin),
+    *(np.remainder, np.fmod),
 ]
+# Their gradient is constant or zero: there is nothing to differentiate again.
+STEPS: list[Function] = [np.sign, np.floor, np.ceil, np.trunc, np.rint, np.round, np.imag]
 COMPLEX_BINARY: list[Function] = [np.add, np.subtract, np.multiply, np.true_divide, np.power]
-REDUCTIONS: list[Function] = [np.sum, np.mean, np.var, np.prod, nn.logsumexp]
-
-
-def draw(seed: int, shape: tuple[int, ...], *, complex_valued: bool = False) -> dg.Tensor:
-    """Values between 0.3 and 0.8, no two of them equal."""
-    random = np.random.default_rng(seed)
-    values: Any = random.uniform(0.3, 0.8, shape)
-    if complex_valued:
-        values = values + 1j * random.uniform(0.3, 0.8, shape)
-    return dg.tensor(np.asarray(values), requires_grad=True)
+REDUCTIONS: list[Function] = [
+    *(np.sum, np.mean, np.var, np.prod, np.max, np.min, np.amax, np.amin, nn.logsumexp),
+    *(np.add.reduce, np.multiply.reduce, np.maximum.reduce, np.minimum.reduce, np.linalg.norm),
+]
 
 
 def check(function: Function, *arguments: dg.Tensor, second: bool = True) -> None:
@@ -108,6 +106,42 @@ def test_reductions_hold_for_any_axes(
 def test_sum_of_empty_and_0d_arrays_has_a_gradient(shape: Any, seed: int) -> None:
     check(lambda x: x.sum(), draw(seed, shape))
     check(lambda x: x.reshape(-1), draw(seed, shape))
+
+
+@pytest.mark.parametrize("function", STEPS, ids=lambda f: f.__name__)
+@given(shape=SHAPES, seed=SEEDS)
+@settings(max_examples=4)
+def test_steps_hold_for_any_shape(function: Function, shape: Any, seed: int) -> None:
+    check(function, draw(seed, shape), second=False)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+@given(data=st.data(), seed=SEEDS, complex_valued=st.booleans())
+@settings(max_examples=8)
+def test_rules_hold_for_any_shape(name: str, data: Any, seed: int, complex_valued: bool) -> None:
+    drawn = Drawn(data, seed, complex_valued and name not in REAL_ONLY)
+    function, *arguments = CASES[name](drawn)
+    check(function, *arguments)
+
+
+def name_of(key: Any) -> str:
+    """Return what errors and test identifiers call a registered function."""
+    if isinstance(key, tuple):
+        return f"{key[0].__name__}.{key[1]}"
+    return getattr(key, "__name__", str(key))
+
+
+def test_every_registered_rule_is_drawn() -> None:
+    functions = [*UNARY, *BINARY, *STEPS, *REDUCTIONS]
+    drawn = {*CASES, *(f.name if isinstance(f, Op) else f.__name__ for f in functions)}
+    drawn |= {f"{ufunc.__name__}.reduce" for ufunc in (np.add, np.multiply, np.maximum, np.minimum)}
+    left = {
+        name_of(key)
+        for key, implementation in registered().items()
+        if not (isinstance(implementation, Op) and not implementation.has_rules)
+        and not {name_of(key), getattr(implementation, "name", "")} & drawn
+    }
+    assert left == set()
 
 
 @given(data=st.data(), seed=SEEDS)
