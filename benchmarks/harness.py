@@ -40,9 +40,9 @@ class Case:
     title
         What is done, for the tables.
     unit
-        How to show it: ``µs``, ``calls/s`` or ``GB/s`` (each way).
+        How to show it: ``µs``, ``ns/node``, ``calls/s`` or ``GB/s`` (each way).
     amount
-        Calls, or bytes each way, of one repetition.
+        Nodes, calls, or bytes each way, of one repetition.
     """
 
     key: str
@@ -53,6 +53,8 @@ class Case:
     def show(self, seconds: float) -> str:
         if self.unit == "µs":
             return f"{seconds * 1e6:,.{_decimals(seconds * 1e6)}f} µs"
+        if self.unit == "ns/node":
+            return f"{seconds / self.amount * 1e9:,.0f} ns/node"
         if self.unit == "calls/s":
             return f"{self.amount / seconds:,.0f} calls/s"
         rate = 2 * self.amount / seconds / 1e9

@@ -50,6 +50,14 @@ class DistgradGraphs(measure.Peer):
         graphs.line(self.x, 1000).sum().backward()
         self.x.grad = None
 
+    def time_line_10000(self) -> None:
+        graphs.line(self.x, 10_000).sum().backward()
+        self.x.grad = None
+
+    def time_line_100000(self) -> None:
+        graphs.line(self.x, 100_000).sum().backward()
+        self.x.grad = None
+
     def time_line_1000000(self) -> None:
         graphs.line(self.x, 1_000_000).sum().backward()
         self.x.grad = None

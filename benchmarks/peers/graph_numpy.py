@@ -40,6 +40,12 @@ class NumpyGraphs(measure.Peer):
     def time_line_1000(self) -> None:
         graphs.line(self.x, 1000)
 
+    def time_line_10000(self) -> None:
+        graphs.line(self.x, 10_000)
+
+    def time_line_100000(self) -> None:
+        graphs.line(self.x, 100_000)
+
     def time_line_1000000(self) -> None:
         graphs.line(self.x, 1_000_000)
 
