@@ -336,3 +336,17 @@ def test_backward_create_graph_is_refused_clearly(threads: World) -> None:
                 dist_autograd.backward(context_id, [x.sum()], accumulate_into="leaf")
 
     threads.run(program, ranks=[0])
+
+
+def test_backward_of_this_worker_alone_refuses_what_came_from_another(threads: World) -> None:
+    def act(rank: int) -> None:
+        if rank:
+            return
+        x = dg.tensor(np.ones(3), requires_grad=True)
+        with dist_autograd.context():
+            loss = rpc.rpc_sync(1, np.multiply, (x, 2.0)).sum()
+            with pytest.raises(GraphError, match="leads to another worker"):
+                loss.backward()
+        assert x.grad is None
+
+    threads.run(act)

@@ -47,6 +47,7 @@ cdef class GraphTask:
     # methods, in the order of the file
     cdef int begin(self, roots, sends, retain_graph, bint create_graph, inputs,
                    GradientTable table) except -1
+    cdef int refuse_boundaries(self) except -1
     cdef list start_at(self, roots, sends)
     cdef int lookup(self, PyObject *node) noexcept
     cdef int visit(self, PyObject *node) except -1

@@ -444,6 +444,18 @@ cdef class GraphTask:
         self.visits[index].waiting -= 1
         self.enqueue_if_ready(index)
 
+    cdef int refuse_boundaries(self) except -1:
+        """Raise, before anything has run, if gradients would have to leave this worker."""
+        cdef int i
+        for i in range(self.n_visits):
+            if (<Node>self.visits[i].node).boundary:
+                name = (<Node>self.visits[i].node).name()
+                raise GraphError(
+                    f"cannot run backward on this worker alone: {name} leads to another worker",
+                    hint="use distgrad.autograd.backward(context_id, roots) in the context",
+                )
+        return 0
+
     def run(self):
         """Run all that is ready; return the boundary nodes that became complete since last time.
 
@@ -810,6 +822,8 @@ cdef GraphTask local_pass(list roots, object retain_graph, bint create_graph, ob
     """What ``GraphTask(...)`` and ``run`` do for a pass without sends, without their arguments."""
     cdef GraphTask task = GraphTask.__new__(GraphTask)
     task.begin(roots, (), retain_graph, create_graph, inputs, None)
+    if inputs is None:
+        task.refuse_boundaries()
     task.run()
     return task
 
