@@ -101,7 +101,6 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     with deadline(item):
         yield
     if count := live_objects():
-        gc.collect()
         item.stash[BOOKS] = count()
 
 
@@ -121,11 +120,11 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
         return
     until = time.monotonic() + SETTLE_S
     while (grown := growth(books, count)) and time.monotonic() < until:
+        gc.collect()  # only now: a collection takes longer than most tests
         time.sleep(0.01)
     assert not grown, f"the test left live objects behind: {grown}"
 
 
 def growth(books: dict[str, int], count: Callable[[], dict[str, int]]) -> dict[str, int]:
     """Return of which classes more objects are alive than the books say, and how many."""
-    gc.collect()
     return {name: n - books.get(name, 0) for name, n in count().items() if n > books.get(name, 0)}
