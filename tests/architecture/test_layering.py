@@ -192,3 +192,9 @@ def test_layering_table_is_the_one_in_the_documentation() -> None:
     rows = dict(re.findall(r"^(\d)  ([^(\n]+)", text, re.M))
     documented = [[set(c.split()) for c in rows[n].split("|")] for n in sorted(rows)]
     assert documented == LAYERS
+
+
+def test_layering_every_room_is_described_in_the_documentation() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    house = text[text.index("src/distgrad/") : text.index("## Who may import whom")]
+    assert {room(path) for path in SOURCES} - TOP - set(re.findall(r"\w+", house)) == set()
