@@ -180,12 +180,20 @@ def call_very_often(rank, count):
     return footprint()
 
 
-@pytest.mark.deadline(max(60, CALLS // 1000))
+def is_flat(before, after):
+    """Whether no worker grew: same descriptors, less than 2 MB more of memory."""
+    return all(
+        fds_after == fds_before and bytes_after - bytes_before < 2_000_000
+        for (bytes_before, fds_before), (bytes_after, fds_after) in zip(before, after, strict=True)
+    )
+
+
+@pytest.mark.deadline(max(60, CALLS // 300))
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
 def test_many_calls_keep_memory_and_descriptors_flat(transport):
     with World(2, transport=transport, timeout=max(60, CALLS // 1000)) as world:
-        before = world.run(call_very_often, 3000)
-        after = world.run(call_very_often, CALLS)
-    for (bytes_before, fds_before), (bytes_after, fds_after) in zip(before, after, strict=True):
-        assert fds_after == fds_before
-        assert bytes_after - bytes_before < 2_000_000
+        rounds = [world.run(call_very_often, 3000)]
+        # A leak shows in every round; pages that a forked process copies late, in one.
+        while len(rounds) < 4 and not (len(rounds) > 1 and is_flat(*rounds[-2:])):
+            rounds.append(world.run(call_very_often, CALLS))
+    assert is_flat(*rounds[-2:]), rounds
