@@ -53,7 +53,7 @@ def test_self_contained_no_file_is_generated() -> None:
         ("/".join(["see ", "home", "me", "x"]), True),
         ("/".join(['open("', "root", 'x")']), True),
         ("https://example.org/home/page", False),
-        ("~/work/x and $TMP/work/x", False),
+        ("~/home/x and $TMP/home/x", False),
         ("/dev/shm, /proc/self, /usr/bin/env", False),
     ],
 )
