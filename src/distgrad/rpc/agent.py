@@ -50,10 +50,11 @@ class Agent(Exchange):
 
     def __init__(self, worker: Worker, poller: Poller, max_threads: int) -> None:
         self.ticks: list[Callable[[float], float]] = []
+        crew = Crew(worker.name, poller, self.on_events, self._tick, max_threads)
         self._assemble(
             worker,
-            Links(worker.world, poller),
-            Crew(worker.name, poller, self.on_events, self._tick, max_threads),
+            Links(worker.world, poller, crew.polls_here, self._lose),
+            crew,
             PendingRequests(self.forget, worker.world.name_of),
         )
 
@@ -129,9 +130,10 @@ class Agent(Exchange):
     def _on_end(self, connection: Any, error: Exception | None) -> None:
         self.unsent.pop(connection, None)
         lost = self.links.drop(connection, error)
-        if lost is None:
-            return
-        peer, why = lost
+        if lost is not None:
+            self._lose(*lost)
+
+    def _lose(self, peer: int, why: Exception) -> None:
         self.pending.lose(peer, why)
         for listener in list(self.worker.on_lost):
             self.submit(partial(listener, peer, why))
@@ -141,7 +143,10 @@ class Agent(Exchange):
     def _tick(self, now: float) -> float:
         soonest = self.pending.expire(now)
         for tick in self.ticks:
-            soonest = min(soonest, tick(now))
+            try:
+                soonest = min(soonest, tick(now))
+            except Exception:  # whoever polls at this moment has nothing to do with it
+                _log.exception("worker %r failed on what it does now and then", self.worker.name)
         return soonest
 
     def close(self, reason: str) -> None:

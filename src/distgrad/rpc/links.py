@@ -3,6 +3,8 @@
 Invariants
     1. All that goes to one peer goes over one connection, so that order is kept.
     2. A peer is lost once, for good: a worker that comes back has another incarnation.
+    3. The thread that polls never waits for a connection: two workers that connect to each
+       other at once would each wait for a handshake that the other one has to answer.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from distgrad.errors import (
     TransportError,
     WorkerLostError,
 )
+from distgrad.rpc.detour import Detour
 from distgrad.transport.base import Connection, Listener
 from distgrad.transport.registry import transport_for
 
@@ -39,6 +42,10 @@ class Links:
         Who the peers are, where they listen and how they prove it.
     poller
         Polls the connections.
+    polls_here
+        Tells whether the calling thread is the one that polls.
+    on_lost
+        Called with the id of a peer that turns out to be out of reach, and why; any thread.
 
     Attributes
     ----------
@@ -46,15 +53,25 @@ class Links:
         Id of a peer to the connection for sending to it.
     """
 
-    def __init__(self, world: World, poller: Any) -> None:
+    def __init__(
+        self,
+        world: World,
+        poller: Any,
+        polls_here: Callable[[], bool],
+        on_lost: Callable[[int, Exception], object],
+    ) -> None:
         self._world = world
         self._poller = poller
+        self._polls_here = polls_here
+        self._on_lost = on_lost
         self.routes: dict[int, Connection] = {}
         self._open: set[Connection] = set()
         self._adopting = threading.Lock()
         self._connecting: dict[int, threading.Lock] = {}
+        self._detours: dict[int, Detour] = {}
         self.lost: dict[int, Exception] = {}
         self.left: set[int] = set()
+        self._closed = False
         self.listeners: list[Listener] = []
 
     def peer_of(self, connection: Connection) -> int:
@@ -73,8 +90,11 @@ class Links:
             self._adopt(connection, peer)
         return peer
 
-    def to(self, peer: int) -> Connection:
+    def to(self, peer: int) -> Connection | Detour:
         """Return the connection for sending to a peer; connects on first use.
+
+        On the thread that polls, this does not block: what it returns keeps messages until
+        there is a connection.
 
         Raises
         ------
@@ -82,7 +102,29 @@ class Links:
             If the peer is lost, has left, or cannot be reached.
         """
         connection = self.routes.get(peer)
-        return connection if connection is not None else self._connect(peer)
+        if connection is not None:
+            return connection
+        if not self._polls_here():
+            return self._connect(peer)
+        self._refuse_lost(peer)
+        with self._adopting:
+            connection = self.routes.get(peer)
+            return connection if connection is not None else self._detour(peer)
+
+    def _detour(self, peer: int) -> Detour:
+        detour = self._detours.get(peer)
+        if detour is None:
+            detour = self._detours[peer] = Detour(peer)
+            threading.Thread(
+                target=self._end_detour, args=(detour,), name="distgrad-connects", daemon=True
+            ).start()
+        return detour
+
+    def _end_detour(self, detour: Detour) -> None:
+        try:
+            self._make(detour.peer)
+        except Exception as error:  # whatever it is, the peer is out of reach
+            self._lose(detour.peer, str(error))
 
     def _connect(self, peer: int) -> Connection:
         if threading.current_thread() is threading.main_thread():
@@ -128,8 +170,19 @@ class Links:
             connection.abort()
             failures.append(f"{address}: another worker listens there")
         text = f"cannot reach worker {self._world.name_of(peer)!r}: " + "; ".join(failures)
-        self.lost[peer] = WorkerLostError(text)  # never raised: a traceback would keep its frames
+        self._lose(peer, text)
         raise WorkerLostError(text)
+
+    def _lose(self, peer: int, text: str) -> None:
+        """Note that a peer is out of reach, unless its end is known already."""
+        why = WorkerLostError(text)  # never raised: a traceback would keep its frames
+        with self._adopting:
+            if peer in self.lost or peer in self.routes:
+                return
+            self.lost[peer] = why
+            if detour := self._detours.pop(peer, None):
+                detour.fail(why)
+        self._on_lost(peer, why)
 
     def accept(self, connection: Connection, identity: Any) -> None:
         """Take in a connection that a peer made and authenticated."""
@@ -141,10 +194,16 @@ class Links:
 
     def _adopt(self, connection: Connection, peer: int) -> None:
         with self._adopting:
-            if connection.peer is None and not connection.closed and peer not in self.lost:
+            if self._closed:
+                connection.abort()
+            elif connection.peer is None and not connection.closed and peer not in self.lost:
                 connection.peer = peer
                 self._open.add(connection)
-                self.routes.setdefault(peer, connection)
+                if peer in self.routes:
+                    return
+                if detour := self._detours.pop(peer, None):
+                    detour.join(connection)
+                self.routes[peer] = connection
 
     def drop(self, connection: Connection, error: Exception | None) -> tuple[int, Exception] | None:
         """Note that a connection ended.
@@ -167,6 +226,7 @@ class Links:
         with self._adopting:  # from here on nobody sends to it, whatever else is connected
             self.lost[peer] = why
             self.routes.pop(peer, None)
+            self._detours.pop(peer, None)
             rest = {other for other in self._open if other.peer == peer}
             self._open -= rest
         for other in rest:
@@ -193,6 +253,8 @@ class Links:
         """Say goodbye to each peer and close everything."""
         for listener in self.listeners:
             listener.close()
+        with self._adopting:
+            self._closed = True
         for peer, connection in list(self.routes.items()):
             try:
                 farewell(peer)

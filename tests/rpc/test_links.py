@@ -1,0 +1,100 @@
+"""Connections between workers: who makes them, and who must not wait for them."""
+
+import multiprocessing
+import time
+
+import pytest
+
+from distgrad import rpc
+from distgrad.errors import WorkerLostError
+from distgrad.message import Call
+from distgrad.rpc.future import Future
+from distgrad.rpc.worker import Worker
+from distgrad.testing import World
+
+
+@rpc.expose
+def twice(x):
+    """Return 2 x."""
+    return 2 * x
+
+
+def ask_from_the_polling_thread(worker, peer, prepare=lambda: None, count=1):
+    """Ask a peer ``count`` times from a tick; return the answers' futures."""
+    futures = Future(agent=worker.agent)
+
+    def tick(now):
+        worker.agent.ticks.remove(tick)
+        prepare()
+        call = [Call(f"{__name__}:twice", (i,), None) for i in range(count)]
+        try:
+            futures.set_result([worker.request(peer, each) for each in call])
+        except Exception as error:
+            futures.set_exception(error)
+        return float("inf")
+
+    worker.agent.ticks.append(tick)
+    worker.agent.tick_by(time.monotonic())
+    return futures.wait(20)
+
+
+barrier = multiprocessing.get_context("fork").Barrier(2)
+
+
+def cross(rank):
+    futures = ask_from_the_polling_thread(
+        rpc.current_worker(), 1 - rank, prepare=lambda: barrier.wait(20), count=50
+    )
+    return [future.wait(3) for future in futures]
+
+
+@pytest.mark.parametrize("transport", ["inproc", "unix", "tcp"])
+def test_two_polling_threads_that_connect_to_each_other_do_not_block(transport):
+    # Each would wait for a handshake that only the other one can answer.
+    with World(2, transport=transport) as world:
+        expected = [2 * i for i in range(50)]
+        assert world.run(cross) == [expected, expected]
+
+
+def what_is_lost(act):
+    """Return what `on_lost` tells while ``act`` fails for want of worker 2."""
+    worker: Worker = rpc.current_worker()
+    lost = Future(agent=worker.agent)
+    worker.on_lost.append(lambda peer, why: lost.set_result((peer, str(why))))
+    with pytest.raises(WorkerLostError, match="cannot reach worker 'worker2'"):
+        act(worker)
+    return lost.wait(10)
+
+
+def ask_from_a_tick(rank):
+    return what_is_lost(lambda worker: ask_from_the_polling_thread(worker, 2)[0].wait(10))
+
+
+def ask_by_a_call(rank):
+    return what_is_lost(lambda worker: rpc.rpc_sync(2, twice, (1,)))
+
+
+@pytest.mark.parametrize("ask", [ask_from_a_tick, ask_by_a_call])
+def test_worker_that_cannot_be_reached_is_lost_for_everybody(ask):
+    with World(3, transport="unix") as world:
+        world.kill(2)
+        ((peer, why),) = world.run(ask, ranks=[1])
+    assert peer == 2
+    assert "cannot reach worker 'worker2'" in why
+
+
+def test_tick_that_fails_harms_nobody(caplog):
+    with World(1) as world:
+        worker = world.run(lambda rank: rpc.current_worker())[0]
+        done = Future(agent=worker.agent)
+
+        def tick(now):
+            worker.agent.ticks.remove(tick)
+            done.set_result(None)
+            raise PermissionError("not today")
+
+        worker.agent.ticks.append(tick)
+        worker.agent.tick_by(time.monotonic())
+        done.wait(10)
+        assert world.run(lambda rank: rpc.rpc_sync(0, twice, (21,))) == [42]
+    assert "not today" in caplog.text
