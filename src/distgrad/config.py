@@ -7,6 +7,7 @@ variable ``DISTGRAD_<FIELD>`` overrides the default of each field at import.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -54,8 +55,21 @@ class Config:
     max_serving_threads: int = 1024
     #: How long a released context's id is remembered.
     tombstone_s: float = 600.0
-    #: Record the forward call site with every send, and show it in errors.
+    #: Record the forward call site with every node, and show it where the node fails or waits.
     trace_graph: bool = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        for listener in self.__dict__.get("_listeners", {}).get(name, ()):
+            listener(value)
+
+    def on_change(self, field: str, listener: Callable[[Any], object]) -> None:
+        """Call ``listener`` with the value of a field, now and whenever it is set.
+
+        For compiled code to which looking the field up costs too much.
+        """
+        self.__dict__.setdefault("_listeners", {}).setdefault(field, []).append(listener)
+        listener(getattr(self, field))
 
 
 def _parse(kind: str, text: str) -> Any:

@@ -112,12 +112,16 @@ class BackwardError(DistgradError):
         Name of the worker where it failed.
     node
         Name of the node whose rule or hook raised, or "".
+    site
+        ``file:line in function`` of the forward code that recorded the node, if
+        ``config.trace_graph`` was set there, or "".
     remote_traceback
         Text; "" if it failed on this worker.
     """
 
     worker: str = ""
     node: str = ""
+    site: str = ""
     remote_traceback: str = ""
 
 

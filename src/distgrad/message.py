@@ -176,6 +176,7 @@ class PassAbort(NamedTuple):
 
     pass_id: int
     node: str  # name of the node whose rule raised, or ""
+    site: str  # where that node was recorded, if the worker remembers, or ""
     error: tuple[Any, ...]  # the fields of an `Error`
 
 

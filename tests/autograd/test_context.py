@@ -263,4 +263,4 @@ def test_context_trace_graph_remembers_call_sites(
             (send,) = context_id.send_functions.values()
             return send.metadata["recorded at"]
 
-    assert "rpc.rpc_sync(" in on_first(threads, program)
+    assert "test_context.py:" in on_first(threads, program)

@@ -102,8 +102,8 @@ class Site:
     def missing(self, context_id: int) -> Exception:
         return LookupError("released")
 
-    def describe(self, pass_id: int, error: BaseException, node: str) -> PassAbort:
-        return PassAbort(pass_id, node, (type(error).__name__, str(error), self.worker_id))
+    def describe(self, pass_id: int, error: BaseException, node: str, site: str = "") -> PassAbort:
+        return PassAbort(pass_id, node, site, (type(error).__name__, str(error), self.worker_id))
 
     # --- messages ----------------------------------------------------------------------
 

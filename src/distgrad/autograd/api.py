@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from distgrad._core import Tensor
-from distgrad.autograd import collecting  # noqa: F401  exposes what pictures ask for
+from distgrad.autograd import collecting, waiting  # noqa: F401  expose what others ask for
 from distgrad.autograd.context import DistAutogradContext, current
 from distgrad.autograd.engine import Engine
 from distgrad.autograd.recording import Recorder

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from distgrad._core import Node, gradient_edge
-from distgrad.autograd.context import current
 from distgrad.autograd.functions import RecvRpcBackward, SendRpcBackward
-from distgrad.errors import DistgradError
-from distgrad.rpc import current_worker, expose, rpc_sync
+from distgrad.autograd.survey import survey
+from distgrad.rpc import current_worker, expose
 
 if TYPE_CHECKING:
     from distgrad.autograd.engine import Engine
@@ -17,6 +16,7 @@ __all__ = ["collect", "graph_here"]
 
 #: Most nodes of one worker that are collected, those nearest to the results first.
 _MOST_NODES = 200
+_PATIENCE_S = 60.0  # where calls have no deadline
 
 Graph = dict[str, Any]
 
@@ -84,24 +84,9 @@ def _described(node: Node) -> dict[str, Any]:
 def collect(engine: Engine, context_id: int) -> dict[int, Graph]:
     """Return the parts of all workers that messages of the context connect, by worker id.
 
-    Workers that are lost or have finished the context meanwhile are left out.
+    Workers that are lost, have finished the context or do not answer are left out.
     """
-    found: dict[int, Graph] = {}
-    todo = [engine.worker_id]
-    outer = current.get()
-    current.set(None)  # looking must not be recorded
-    try:
-        while todo:
-            worker_id = todo.pop()
-            if worker_id in found:
-                continue
-            try:
-                found[worker_id] = rpc_sync(worker_id, graph_here, args=(context_id,))
-            except DistgradError:
-                if worker_id == engine.worker_id:
-                    raise
-                continue
-            todo += found[worker_id]["peers"]
-    finally:
-        current.set(outer)
-    return dict(sorted(found.items()))
+    answers = survey(
+        engine, graph_here, context_id, engine.worker.options.rpc_timeout or _PATIENCE_S
+    )
+    return {w: part for w, part in sorted(answers.items()) if isinstance(part, dict)}

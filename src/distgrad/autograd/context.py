@@ -127,6 +127,22 @@ class DistAutogradContext(int):
         found: Tensor | None = self._part.host.existing(int(self)).gradients.get(tensor)
         return found
 
+    def why_waiting(self, timeout: float = 1.0) -> str:
+        """Return a report of what the passes of this context wait for, on all workers.
+
+        Names the sends that have no gradient yet, with the call that made them, and with
+        ``config.trace_graph`` where. Meant for another thread than the one that waits in
+        `backward`, whose time-out error has the same report.
+
+        Parameters
+        ----------
+        timeout
+            Seconds for the answers of all workers; those that give none are named.
+        """
+        from distgrad.autograd.waiting import why_waiting
+
+        return why_waiting(self._part.host, int(self), timeout)
+
     def draw(self, path: str | PathLike[str]) -> None:
         """Draw the graph across all workers into an SVG file, or DOT if it ends so.
 

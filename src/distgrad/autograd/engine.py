@@ -18,6 +18,7 @@ from distgrad.autograd.part import Part, Run
 from distgrad.autograd.roots import failure, seeds
 from distgrad.autograd.terms import COMPLETE, INTO_GRAD, LATE, RETAIN, Message, worker_of
 from distgrad.autograd.tombstones import Tombstones
+from distgrad.autograd.waiting import why_waiting
 from distgrad.errors import ContextError, RpcTimeoutError, TransportError
 from distgrad.message import CleanupContext, JoinContext, PassAbort
 from distgrad.rpc import Future, Worker, deadline
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from distgrad._codec import Frame
 
 __all__ = ["Engine"]
+
+#: How long a pass whose time is up asks the others what they wait for.
+_REPORT_S = 0.5
 
 _PASS_MESSAGES: tuple[Any, ...] = (
     messages.PropagateGradients,
@@ -199,9 +203,9 @@ class Engine:
             table=None if run.flags & INTO_GRAD else part.gradients,
         )
 
-    def describe(self, pass_id: int, error: BaseException, node: str) -> PassAbort:
+    def describe(self, pass_id: int, error: BaseException, node: str, site: str = "") -> PassAbort:
         """Return the message that tells of a failure on this worker."""
-        return PassAbort(pass_id, node, tuple(describe(error, self.worker.name)))
+        return PassAbort(pass_id, node, site, tuple(describe(error, self.worker.name)))
 
     def _on_pass_message(
         self, kind: Any, worker: Worker, sender: int, frame: Frame, body: Any
@@ -243,6 +247,20 @@ class Engine:
         cause = outcome.wait()
         if cause is not None:
             raise failure(cause, run.error if run.cause is cause else None)
+
+    def timed_out(self, part: ContextPart, patience: float | None) -> RpcTimeoutError:
+        """Return the error of a pass that takes too long: it says what everybody waits for."""
+        return RpcTimeoutError(
+            f"cannot finish the backward pass: it was not done within {patience:g} s",
+            detail=self.report(part.context_id),
+        )
+
+    def report(self, context_id: int) -> str | None:
+        """Return what a context waits for on all workers; None if it is not known here."""
+        try:
+            return why_waiting(self, context_id, _REPORT_S)
+        except ContextError:  # finished meanwhile, which ends its passes too
+            return None
 
     def debug_info(self) -> dict[str, int]:
         """Return counters for `rpc.debug_info`."""
@@ -287,10 +305,7 @@ def _await(part: ContextPart, run: Run, outcome: Future, patience: float | None)
     try:
         outcome.wait(patience)
     except RpcTimeoutError:
-        error = RpcTimeoutError(
-            f"cannot finish the backward pass: it was not done within {patience:g} s"
-        )
-        part.fail(run, error)
+        part.fail(run, part.host.timed_out(part, patience))
     except BaseException as error:
         part.fail(run, error)
         raise

@@ -24,25 +24,46 @@ class SendRpcBackward(Node):
         Autograd message id.
     peer
         Id of the worker that the message went to.
+    what
+        The call that the message belongs to: as its request is called in errors, or for an
+        answer the name of the function or the id of the RRef that was asked for.
+    is_response
+        Whether the message is an answer.
     """
 
-    __slots__ = ("_grads", "message_id", "peer")
+    __slots__ = ("_grads", "is_response", "message_id", "peer", "what")
 
-    def __init__(self, tensors: Sequence[Tensor], message_id: int, peer: int) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        message_id: int,
+        peer: int,
+        what: object = "",
+        is_response: bool = False,
+    ) -> None:
         super().__init__([gradient_edge(tensor) for tensor in tensors], len(tensors))
         self.message_id = message_id
         self.peer = peer
+        self.what = what
+        self.is_response = is_response
         self._grads: tuple[Any, ...] | None = None
 
     def apply(self, grads: tuple[Any, ...]) -> tuple[Any, ...]:
         """Hand the gradients on unchanged."""
         return grads
 
+    def described(self) -> str:
+        """Return which message this is, for people."""
+        if not self.is_response:
+            return str(self.what)
+        what = f"RRef {self.what:#x}" if isinstance(self.what, int) else f"call {self.what}"
+        return f"answer to {what}"
+
     def set_grads(self, grads: Sequence[Any]) -> None:
         """Keep gradients, one or None for each tensor of the message.
 
-        Passes call this only when ``config.trace_graph`` is set: a gradient that is kept
-        cannot be added to in place.
+        For whoever looks at nodes; passes do not, since a gradient that is kept cannot be
+        added to in place.
         """
         if len(grads) != self.num_inputs:
             raise ValueError(

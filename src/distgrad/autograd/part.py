@@ -47,8 +47,11 @@ class Host(Protocol):
     def missing(self, context_id: int) -> Exception:
         """Return the error that says what became of a context."""
 
-    def describe(self, pass_id: int, error: BaseException, node: str) -> PassAbort:
-        """Return the message that tells of a failure here, at a node of that name or ""."""
+    def describe(self, pass_id: int, error: BaseException, node: str, site: str = "") -> PassAbort:
+        """Return the message that tells of a failure here.
+
+        ``node`` is the name of the node that failed, ``site`` where it was recorded; or "".
+        """
 
 
 class Run(BackwardPass):
@@ -263,8 +266,8 @@ class Part:
         """Fail a pass because of an exception on this worker."""
         if run.error is None:
             run.error = error
-        node = getattr(run.graph, "failed_node", "")
-        run.fail(self.host.describe(run.pass_id, error, node))
+        node, site = getattr(run.graph, "failed_node", ""), getattr(run.graph, "failed_site", "")
+        run.fail(self.host.describe(run.pass_id, error, node, site))
         for to, message in run.advance():
             self._post(to, message)
 

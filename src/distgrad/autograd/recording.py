@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import traceback
 from typing import TYPE_CHECKING
 
 from distgrad._core import is_grad_enabled, set_history
 from distgrad.autograd.context import ContextPart, current
 from distgrad.autograd.functions import RecvRpcBackward, SendRpcBackward
-from distgrad.config import config
 from distgrad.rpc.hooks import PayloadHook
 
 if TYPE_CHECKING:
@@ -38,7 +36,7 @@ class Recorder(PayloadHook):
         self._engine = engine
 
     def outgoing(
-        self, worker: Worker, to_id: int, tensors: list[Tensor], is_response: bool
+        self, worker: Worker, to_id: int, tensors: list[Tensor], is_response: bool, what: object
     ) -> tuple[int, int]:
         """Record a send for the tensors that require grad."""
         part = current.get()
@@ -50,11 +48,10 @@ class Recorder(PayloadHook):
             worker.post(to_id, end, context_id=context_id)
         if not tensors or not is_grad_enabled():
             return context_id, 0
-        node = SendRpcBackward(tensors, next(self._engine.message_ids), to_id)
-        if config.trace_graph:
-            node.metadata["recorded at"] = "".join(traceback.format_stack())
+        message_id = next(self._engine.message_ids)
+        node = SendRpcBackward(tensors, message_id, to_id, what, is_response)
         part.record_send(node)
-        return context_id, node.message_id
+        return context_id, message_id
 
     def undelivered(self, worker: Worker, context_id: int, message_id: int) -> None:
         """Remove the send of a message that never left."""

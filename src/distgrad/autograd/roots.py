@@ -72,6 +72,12 @@ def _given(root: Any, grad: Any) -> Any:
     return array
 
 
+def _detail(told: Error, local: BaseException | None) -> str | None:
+    if local is None:
+        return f"remote traceback:\n{told.traceback}"
+    return getattr(local, "detail", None)
+
+
 def failure(cause: PassAbort, local: BaseException | None) -> BackwardError:
     """Return the error that `backward` raises, with the original exception as its cause.
 
@@ -86,12 +92,15 @@ def failure(cause: PassAbort, local: BaseException | None) -> BackwardError:
     worker = told.workers[0]
     name = told.type_name.rpartition(":")[2]
     place = f", at node {cause.node}" if cause.node else ""
+    site = f", recorded at {cause.site}" if cause.site else ""
     error = BackwardError(
-        f"cannot finish the backward pass: {name} on worker {worker!r}{place}: {told.message}",
-        detail=None if local is not None else f"remote traceback:\n{told.traceback}",
+        f"cannot finish the backward pass: {name} on worker {worker!r}{place}{site}: "
+        f"{told.message}",
+        detail=_detail(told, local),
     )
     error.worker = worker
     error.node = cause.node
+    error.site = cause.site
     error.remote_traceback = "" if local is not None else told.traceback
     error.__cause__ = local if local is not None else rebuild(told)
     return error

@@ -44,6 +44,7 @@ cdef class GraphTask:
     cdef bint create
     cdef readonly list captured     # gradients of inputs=
     cdef readonly str failed_node
+    cdef readonly str failed_site   # where that node was recorded (config.trace_graph), or ""
     # methods, in the order of the file
     cdef int begin(self, roots, sends, retain_graph, bint create_graph, inputs,
                    GradientTable table) except -1
@@ -58,6 +59,7 @@ cdef class GraphTask:
     cdef void place_edges(self, int *next_place) noexcept
     cdef int slot_of(self, int index, int k) noexcept
     cdef int seed(self, list starts) except -1
+    cdef int blame(self, Node node, object error) except -1
     cdef int enqueue_if_ready(self, int index) except -1
     cdef int pop(self) noexcept
     cdef int put(self, int slot, int place, object gradient) except -1

@@ -13,6 +13,7 @@ __pyx_capi__: dict[str, object]
 class GraphTask:
     captured: list[Any] | None
     failed_node: str
+    failed_site: str
     def __init__(
         self,
         roots: Iterable[tuple[Tensor, Any]],

@@ -23,6 +23,7 @@ from distgrad.graph._node cimport (
 import numpy as np
 
 from distgrad.errors import GraphError
+from distgrad.graph.tracing import RECORDED_AT
 
 cnp.import_array()
 
@@ -198,6 +199,7 @@ cdef class GraphTask:
     def __cinit__(self):
         count_pass(1)
         self.failed_node = ""
+        self.failed_site = ""
 
     def __init__(self, roots, *, sends=(), retain_graph=None, create_graph=False, inputs=None,
                  table=None):
@@ -475,14 +477,22 @@ cdef class GraphTask:
                 if not steps & 127:
                     breathe()
         except BaseException as error:
-            self.failed_node = (<Node>self.visits[index].node).name()
-            error.add_note(f"in the backward pass, at {self.failed_node}")
+            self.blame(<Node>self.visits[index].node, error)
             raise
         finally:
             PyContextVar_Reset(grad_mode, mode)
         complete = self.complete
         self.complete = []
         return complete
+
+    cdef int blame(self, Node node, object error) except -1:
+        """Note at which node the pass failed, and where that was recorded if it is known."""
+        self.failed_node = node.name()
+        if node.hooks is not None:
+            self.failed_site = node.hooks.notes.get(RECORDED_AT, "")
+        recorded = f", recorded at {self.failed_site}" if self.failed_site else ""
+        error.add_note(f"in the backward pass, at {self.failed_node}{recorded}")
+        return 0
 
     # -- the ready heap: latest node first
 

@@ -21,8 +21,10 @@ import operator
 
 import numpy as np
 
+from distgrad.config import config
 from distgrad.errors import GraphError
 from distgrad.graph.modes import grad_mode as _grad_mode
+from distgrad.graph.tracing import RECORDED_AT, call_site
 
 cnp.import_array()
 
@@ -99,6 +101,15 @@ cdef extern from "numpy/arrayobject.h":
     object array_from_scalar "PyArray_FromScalar" (object scalar, void *dtype)
 
 cdef object grad_mode = _grad_mode
+cdef bint tracing = False       # config.trace_graph
+
+
+def _trace(bint on):
+    global tracing
+    tracing = on
+
+
+config.on_change("trace_graph", _trace)
 
 
 cdef void count_pass(int change) noexcept:
@@ -267,6 +278,8 @@ cdef class Node:
                 raise ValueError(f"cannot connect {self.name()}: {node.name()} has no slot {slot}")
             add_edge(self, None if node is None else <Node?>node, slot, i)
         self.sequence = dg_next_sequence()
+        if tracing:
+            hooks_of(self).notes[RECORDED_AT] = call_site()
 
     def __dealloc__(self):
         cdef int i
@@ -572,6 +585,8 @@ cdef OpNode new_node(Op op, Py_ssize_t n_args):
     make_room(node, n_args, 1)
     node.op = op
     node.n_args = <int>n_args
+    if tracing:
+        hooks_of(node).notes[RECORDED_AT] = call_site()
     return node
 
 

@@ -217,7 +217,7 @@ cdef class Exchange:
         hook = self.worker.payload_hook
         if hook is not None:
             future.context_id, future.message_id = hook.outgoing(
-                self.worker, future.peer, session.tensors, False
+                self.worker, future.peer, session.tensors, False, future.what
             )
             message.context_id = future.context_id
             message.message_id = future.message_id
@@ -289,8 +289,11 @@ cdef class Exchange:
             session.drop()
             raise
 
-    def reply(self, int to, request_id, value):
-        """Answer a request with a value, or with an `Error` if the value cannot be sent."""
+    def reply(self, int to, request_id, value, what=None):
+        """Answer a request with a value, or with an `Error` if the value cannot be sent.
+
+        ``what`` tells the autograd hook what was asked for.
+        """
         cdef Session session = new_session(self.worker, to)
         cdef Outgoing message
         try:
@@ -303,7 +306,7 @@ cdef class Exchange:
         hook = self.worker.payload_hook
         if hook is not None and session.tensors:
             message.context_id, message.message_id = hook.outgoing(
-                self.worker, to, session.tensors, True
+                self.worker, to, session.tensors, True, what
             )
         self.handled += 1
         try:
@@ -326,19 +329,20 @@ cdef class Exchange:
         """Count a request that ended without an answer."""
         self.handled += 1
 
-    cdef int answer(self, int peer, object request_id, object value) except -1:
+    cdef int answer(self, int peer, object request_id, tuple body, object value) except -1:
         if not request_id:
             return 0
+        what = body[0] if body else None
         if isinstance(value, Future):
-            self._answer_later(peer, request_id, value)
+            self._answer_later(peer, request_id, what, value)
         else:
-            self.reply(peer, request_id, value)
+            self.reply(peer, request_id, value, what)
         return 0
 
-    def _answer_later(self, int peer, request_id, Future value):
+    def _answer_later(self, int peer, request_id, what, Future value):
         def completed(Future future):
             if future.exception() is None:
-                self.reply(peer, request_id, future.outcome())
+                self.reply(peer, request_id, future.outcome(), what)
             else:
                 self.reply_error(peer, request_id, future.exception())
 
@@ -500,10 +504,10 @@ cdef class Served(Job):
         hook = worker.payload_hook if frame.context_id else None
         if hook is None:
             value = self.handler(worker, self.peer, frame, self.body)
-            return exchange.answer(self.peer, frame.request_id, value)
+            return exchange.answer(self.peer, frame.request_id, self.body, value)
         with hook.entered(worker, frame.context_id):
             value = self.handler(worker, self.peer, frame, self.body)
-            exchange.answer(self.peer, frame.request_id, value)
+            exchange.answer(self.peer, frame.request_id, self.body, value)
         return 0
 
 

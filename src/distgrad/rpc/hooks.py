@@ -28,7 +28,7 @@ class PayloadHook(ABC):
 
     @abstractmethod
     def outgoing(
-        self, worker: Worker, to_id: int, tensors: list[Tensor], is_response: bool
+        self, worker: Worker, to_id: int, tensors: list[Tensor], is_response: bool, what: object
     ) -> tuple[int, int]:
         """Record a message that is about to leave.
 
@@ -42,6 +42,9 @@ class PayloadHook(ABC):
             The tensors of the message that require grad, each once, in slot order.
         is_response
             Whether the message answers a request.
+        what
+            For people: the name of a request; for an answer what the request began with,
+            which is the function's name or the id of an RRef.
 
         Returns
         -------

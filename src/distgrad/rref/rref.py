@@ -186,7 +186,12 @@ class RRef:
                 hint="pass dist_autograd_ctx_id, the id of a distgrad.autograd.context()",
             )
         body = RRefBackward(self._id, int(dist_autograd_ctx_id), bool(retain_graph))
-        self._wait(self._request(body, UNSET_RPC_TIMEOUT, "run backward from", _chain()))
+        try:
+            self._wait(self._request(body, UNSET_RPC_TIMEOUT, "run backward from", _chain()))
+        except RpcTimeoutError as error:
+            autograd = self._table.worker.extensions["autograd"]
+            error.detail = autograd.report(dist_autograd_ctx_id)
+            raise
 
     # --- messages ------------------------------------------------------------------------
 
