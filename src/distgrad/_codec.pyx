@@ -12,6 +12,8 @@ from distgrad.wire._schema import (
     DTYPES,
     TAGS,
     configure,
+    name_fields,
+    register_exceptions,
     register_record,
     register_type,
     set_tensor_type,
@@ -45,7 +47,9 @@ __all__ = [
     "configure",
     "decode",
     "encode",
+    "name_fields",
     "parse",
+    "register_exceptions",
     "register_record",
     "register_type",
     "set_tensor_type",
@@ -178,7 +182,7 @@ cdef int write_table(Outgoing message, Writer *w) except -1:
 cdef Outgoing encode_message(uint8_t kind, object value, object session):
     cdef Writer w
     cdef Outgoing message
-    open_writer(&w, <PyObject *>session)
+    open_writer(&w, kind, <PyObject *>session)
     try:
         write_value(&w, value)
         message = Outgoing.__new__(Outgoing)

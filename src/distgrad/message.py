@@ -52,13 +52,14 @@ class Reply(NamedTuple):
 
 
 class Error(NamedTuple):
-    """A request failed. Text only: nothing is executed to rebuild the exception."""
+    """A request failed. Plain data: nothing is executed to rebuild the exception."""
 
     type_name: str  # "module:qualname" of the exception's class
     message: str
     args: tuple[Any, ...] | None  # arguments of the exception, if they can be sent
     traceback: str
     workers: tuple[str, ...]  # the workers that the error crossed, origin first
+    state: dict[str, Any] | None = None  # further attributes, those that can be sent
 
 
 class Cancel(NamedTuple):

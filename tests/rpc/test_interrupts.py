@@ -128,14 +128,14 @@ class Fragile:
 interruptions = [0]
 
 
-def decode_fragile(value, session):
+def decode_fragile(value):
     if interruptions[0] and threading.current_thread() is threading.main_thread():
         interruptions[0] -= 1
         raise KeyboardInterrupt
     return Fragile(value)
 
 
-rpc.register_type(Fragile, "test.Fragile", lambda item, session: item.value, decode_fragile)
+rpc.register_type(Fragile, lambda item: item.value, decode_fragile)
 
 
 @rpc.expose

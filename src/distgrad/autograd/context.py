@@ -159,9 +159,4 @@ class DistAutogradContext(int):
 
 
 # A context is named in the arguments of calls, as in torch; it arrives as its number.
-register_type(
-    DistAutogradContext,
-    "distgrad.DistAutogradContext",
-    lambda context, session: int(context),
-    lambda number, session: number,
-)
+register_type(DistAutogradContext, int, int, name="distgrad.DistAutogradContext")  # type: ignore[type-var]

@@ -9,6 +9,7 @@ E4  An event is taken in once: an exception that no message causes, such as Keyb
     leaves it in the list unless it has had its effect (`settled`).
 """
 
+from collections.abc import Mapping
 from types import CoroutineType, FunctionType
 
 from libc.math cimport INFINITY
@@ -17,7 +18,7 @@ from libc.stdint cimport uint8_t, uint64_t
 from distgrad._codec cimport HEADER_NBYTES, Frame, Outgoing, decode_message, encode_message
 from distgrad.rpc._activity cimport Activity, current_activity, enter_activity
 from distgrad.rpc._crew cimport CrewCore, Job
-from distgrad.rpc._future cimport IS_DONE, Future, PendingRequests, RpcFuture
+from distgrad.rpc._future cimport IS_DONE, IS_FAILED, Future, PendingRequests, RpcFuture
 
 from distgrad.errors import (
     ProtocolError,
@@ -407,7 +408,15 @@ cdef class Exchange:
     cdef int on_answer(self, int peer, Frame frame) except -1:
         cdef RpcFuture future = self.pending.find(frame.request_id, peer)
         cdef Session session = new_session(self.worker, peer)
-        body = self.decode(peer, frame, session)
+        try:
+            body = self.decode(peer, frame, session)
+        except SerializationError as error:     # of a type that somebody registered
+            if frame.message_id:    # its gradients would be waited for
+                raise
+            self.settled = True
+            if future is not None and self.pending.take(future):
+                future._try_complete(IS_FAILED, error)
+            return 0
         self.settled = True
         if future is None:
             return 0    # timed out or cancelled meanwhile; what it recorded stays recorded
@@ -552,7 +561,7 @@ def _wrong_promise(function, value):
 
 # --- calling --------------------------------------------------------------------------------
 
-def place_call(to, func, args, kwargs, double timeout, bint nested):
+def place_call(to, func, args, kwargs, timeout, bint nested):
     """Send a call of the current worker; see `rpc_sync` for what the arguments mean.
 
     Parameters
@@ -575,35 +584,63 @@ def place_call(to, func, args, kwargs, double timeout, bint nested):
     if name is None:
         name = exposure.name_of(func)
     cdef int peer = exchange.resolve_id(to)
+    if type(args) is not tuple or (kwargs is not None and type(kwargs) is not dict):
+        args, kwargs = call_arguments(name, args, kwargs)
     return exchange.issue(
         peer,
         CALL,
-        (name, () if args is None else tuple(args), dict(kwargs) if kwargs else None),
+        (name, args, kwargs if kwargs else None),
         allowed_timeout(exchange.worker, timeout, name),
         now.chain if nested and now is not None else 0,
         "call " + name,
     )
 
 
-cpdef double allowed_timeout(worker, double timeout, str what) except? -1.0:
+cpdef tuple call_arguments(str what, args, kwargs):
+    """Return the arguments of a call as a tuple and a dict or None.
+
+    Raises
+    ------
+    TypeError
+        If they are something else: an array, say, whose comma was forgotten.
+    """
+    if args is not None and not isinstance(args, (tuple, list)):
+        raise TypeError(
+            f"cannot call {what} with args of type {type(args).__name__}: "
+            "expected a tuple; one argument is (x,)"
+        )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(
+            f"cannot call {what} with kwargs of type {type(kwargs).__name__}: expected a dict"
+        )
+    return () if args is None else tuple(args), dict(kwargs) if kwargs else None
+
+
+cpdef double allowed_timeout(worker, timeout, str what) except? -1.0:
     """Return how long a new call may take: what is asked for, and within the call served.
 
     Raises
     ------
-    ValueError
-        If the timeout is negative.
+    TypeError, ValueError
+        If the timeout is no number, or negative.
     RpcTimeoutError
         If the call being served has expired.
     """
     cdef Activity now = current_activity()
-    cdef double left
-    if timeout < 0.0:
-        if timeout != UNSET:
-            raise ValueError(f"cannot call {what} with timeout={timeout!r}: it is negative")
-        timeout = worker.options.rpc_timeout
+    cdef double left, seconds
+    try:
+        seconds = timeout
+    except TypeError:
+        raise TypeError(
+            f"cannot call {what} with timeout={timeout!r}: expected seconds, 0 for none"
+        ) from None
+    if not seconds >= 0.0:
+        if seconds != UNSET:
+            raise ValueError(f"cannot call {what} with timeout={timeout!r}: expected 0 or more")
+        seconds = worker.options.rpc_timeout
     if now is None or now.until == INFINITY:
-        return timeout
+        return seconds
     left = now.until - now_s()
     if left <= 0.0:
         raise RpcTimeoutError(f"cannot call {what}: the call being served here has expired")
-    return min(timeout, left) if timeout > 0.0 else left
+    return min(seconds, left) if seconds > 0.0 else left

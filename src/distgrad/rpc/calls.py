@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from distgrad.rpc._exchange import allowed_timeout, place_call
+from distgrad.rpc._exchange import allowed_timeout, call_arguments, place_call
 from distgrad.rpc.future import Future
 from distgrad.rpc.options import UNSET_RPC_TIMEOUT, WorkerInfo
 
-__all__ = ["allowed_timeout", "rpc_async", "rpc_sync"]
+__all__ = ["allowed_timeout", "call_arguments", "rpc_async", "rpc_sync"]
 
 
 def rpc_sync(

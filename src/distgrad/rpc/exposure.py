@@ -6,14 +6,20 @@ was filled when functions were exposed: nothing is imported because a message sa
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from distgrad._codec import register_record
+from distgrad._core import Tensor, registered
 from distgrad.errors import NotExposedError
+from distgrad.ops import creation
 
 __all__ = ["Exposure", "expose", "name_of"]
 
@@ -24,6 +30,9 @@ T = TypeVar("T")
 # `called_names` is its inverse, filled by calls. Compiled code looks into both first.
 declared: dict[str, Callable[..., Any]] = {}
 _classes: dict[str, type] = {}
+# Classes whose instances may come from outside, by `expose` or by the options of any worker:
+# what can be sent is, like the codec, the same for all workers of a process.
+_known: dict[str, type] = {}
 called_names: dict[Any, str] = {}
 
 
@@ -31,7 +40,7 @@ def expose(target: T) -> T:
     """Declare that other workers may call a function, or the public methods of a class.
 
     Use as a decorator. A class may also be constructed remotely, and instances of exposed
-    dataclasses, named tuples and enums may be sent.
+    dataclasses, named tuples, enums and exceptions may be sent.
 
     Raises
     ------
@@ -53,7 +62,18 @@ def expose(target: T) -> T:
         declared[key] = function
     if isinstance(target, type):
         _classes[name] = target
+        _make_sendable(name, target)
     return target
+
+
+def _make_sendable(name: str, cls: type) -> None:
+    """Let instances of a class travel, if it is of a kind that can."""
+    _known[name] = cls
+    is_record = dataclasses.is_dataclass(cls) or issubclass(cls, enum.Enum)
+    is_record = is_record or (issubclass(cls, tuple) and hasattr(cls, "_fields"))
+    if is_record and not issubclass(cls, BaseException):
+        with suppress(TypeError):  # it cannot be made without its constructor
+            register_record(cls, name)
 
 
 def name_of(function: Any) -> str:
@@ -73,9 +93,9 @@ def name_of(function: Any) -> str:
     return name
 
 
-def exposed_class(name: str) -> type | None:
-    """Return the class that was exposed under a name, or None."""
-    return _classes.get(name)
+def known_class(name: str) -> type | None:
+    """Return the class that was exposed under a name, by whomever in this process, or None."""
+    return _known.get(name)
 
 
 def _offered(name: str, target: Any) -> Iterable[tuple[str, Callable[..., Any]]]:
@@ -117,6 +137,7 @@ class Exposure:
                 self._own[key] = function
             if isinstance(target, type):
                 self._own_classes.add(target)
+                _make_sendable(name_of(target), target)
 
     def resolve(self, name: str) -> Callable[..., Any]:
         """Return the function of that name.
@@ -126,9 +147,12 @@ class Exposure:
         NotExposedError
             If this worker does not offer it.
         """
-        function = declared.get(name) or self._own.get(name) or _numpy_operation(name)
+        function = declared.get(name) or self._own.get(name)
         if function is None:
-            raise not_exposed(name, self.worker_name)
+            function = _operation(name)
+            if function is None:
+                raise not_exposed(name, self.worker_name)
+            self._own[name] = function
         return function
 
     def resolve_method(self, value: object, method: str) -> Callable[..., Any]:
@@ -165,6 +189,12 @@ class Exposure:
 def not_exposed(name: str, worker_name: str) -> NotExposedError:
     """Return the error for a function that a worker does not offer."""
     module, _, qualname = name.partition(":")
+    if "<" in name:
+        return NotExposedError(
+            f"cannot call {name} on worker {worker_name!r}: functions travel by name, and it has "
+            "none that another process could find",
+            hint="define it at the top level of a module, and put `@distgrad.rpc.expose` on it",
+        )
     target = qualname.rpartition(".")[0] or qualname
     return NotExposedError(
         f"cannot call {name} on worker {worker_name!r}: it is not exposed there",
@@ -191,10 +221,22 @@ def _public_names(module: Any) -> list[str]:
     ]
 
 
-def _numpy_operation(name: str) -> Callable[..., Any] | None:
-    """Return a NumPy ufunc by name: ufuncs only compute."""
-    module, _, attribute = name.partition(":")
-    if module != "numpy":
-        return None
-    found = getattr(np, attribute, None) if attribute.isidentifier() else None
-    return found if isinstance(found, np.ufunc) else None
+def _operation(name: str) -> Callable[..., Any] | None:
+    """Return an operation of distgrad's own by name, or one of NumPy's: they only compute."""
+    module, _, path = name.partition(":")
+    found: Any = None
+    if module == "distgrad._core" and path.startswith("Tensor.") and path.count(".") == 1:
+        method = path.removeprefix("Tensor.")
+        found = None if method.startswith("_") else getattr(Tensor, method, None)
+    elif module == creation.__name__ and path in creation.__all__:
+        found = getattr(creation, path)
+    elif module == "numpy" and isinstance(getattr(np, path, None), np.ufunc):
+        found = getattr(np, path)
+    elif module.partition(".")[0] == "numpy":  # those that work on tensors
+        named = {f"{f.__module__}:{f.__qualname__}": f for f in registered() if _is_function(f)}
+        found = named.get(name)
+    return found if callable(found) else None
+
+
+def _is_function(key: Any) -> bool:
+    return hasattr(key, "__module__") and hasattr(key, "__qualname__")

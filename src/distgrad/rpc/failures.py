@@ -1,24 +1,27 @@
-"""Exceptions as messages.
+"""Exceptions as messages, and as values in messages.
 
-An exception crosses as text, plus its arguments if they can be sent. The caller gets the
-original class when it knows it: a builtin, one of distgrad's own, or an exposed class.
-Nothing is executed to rebuild one: ``__init__`` is not called.
+An exception crosses as text, plus those of its arguments and attributes that can be sent. The
+receiver gets the original class when it knows it: a builtin, one of distgrad's own, or an
+exposed class; otherwise a `RemoteError`. No code of the class is executed to rebuild one:
+only the constructor of the builtin that it derives from, which is C.
 """
 
 from __future__ import annotations
 
 import builtins
 import traceback
+from typing import Any
 
-from distgrad import errors
+from distgrad import _codec, errors
 from distgrad.errors import DistgradError, RemoteError
-from distgrad.message import Error
-from distgrad.rpc.exposure import exposed_class
+from distgrad.message import Error, code_of
+from distgrad.rpc.exposure import known_class
 
 __all__ = ["describe", "rebuild"]
 
-# What may stand among the arguments of an exception that is sent.
 _PLAIN = (str, int, float, bool, bytes, type(None))
+_ERROR = code_of(Error)
+_TOLD_APART = ("workers", "remote_traceback")  # attributes that have fields of their own
 
 
 def describe(error: BaseException, worker_name: str) -> Error:
@@ -31,16 +34,33 @@ def describe(error: BaseException, worker_name: str) -> Error:
     worker_name
         The worker it was raised on; appended to the workers it crossed before.
     """
+    type_name, text, args, state = _to_wire(error)
+    workers = (*getattr(error, "workers", ()), worker_name)
+    return Error(type_name, text, args, _remote_text(error), workers, state)
+
+
+def _to_wire(
+    error: BaseException, session: Any = None
+) -> tuple[str, str, tuple[Any, ...] | None, dict[str, Any] | None]:
+    """Return class, text, arguments and attributes of an exception as what can be sent."""
     cls = type(error)
-    args = error.args if all(isinstance(a, _PLAIN) for a in error.args) else None
-    hint = getattr(error, "hint", None) if isinstance(error, DistgradError) else None
-    return Error(
-        f"{cls.__module__}:{cls.__qualname__}",
-        _first_words(error),
-        args if hint is None else (*(args or (str(error),)), hint),
-        _remote_text(error),
-        (*getattr(error, "workers", ()), worker_name),
-    )
+    args = error.args if _can_be_sent(error.args) else None
+    state = {
+        name: value
+        for name, value in vars(error).items()
+        if not name.startswith("__") and name not in _TOLD_APART and _can_be_sent(value)
+    }
+    return f"{cls.__module__}:{cls.__qualname__}", _first_words(error), args, state or None
+
+
+def _can_be_sent(value: Any) -> bool:
+    if type(value) in _PLAIN or (type(value) is tuple and all(type(v) in _PLAIN for v in value)):
+        return True
+    try:
+        _codec.encode(_ERROR, value)
+    except Exception:  # whatever it is: the error to tell of is another one
+        return False
+    return True
 
 
 def _first_words(error: BaseException) -> str:
@@ -71,38 +91,57 @@ def rebuild(message: Error) -> BaseException:
 
 
 def _instance(message: Error) -> BaseException:
-    cls = _known_class(message.type_name)
-    if cls is not None and issubclass(cls, DistgradError):
-        hint = message.args[-1] if message.args and len(message.args) > 1 else None
-        return cls(message.message, hint=hint)
-    if cls is not None:
-        args = message.args if message.args is not None else (message.message,)
-        try:
-            error = cls.__new__(cls, *args)
-        except TypeError:  # a class that cannot be made without its constructor
-            return _unknown(message)
-        error.args = args
+    error = _from_wire((message.type_name, message.message, message.args, message.state))
+    if error is not None:
         return error
-    return _unknown(message)
+    return _unknown(message.type_name, f" on worker {message.workers[0]!r}", message.message)
 
 
-def _unknown(message: Error) -> RemoteError:
-    name = message.type_name.replace(":", ".")
+def _from_wire(described: Any) -> BaseException | None:
+    """Return what `_to_wire` described; None if its class is not known here."""
+    type_name, text, args, state = described
+    cls = _known_class(type_name)
+    if cls is None:
+        return None
+    native: Any = cls
+    while native.__module__ != "builtins":
+        native = native.__base__
+    args = tuple(args) if args is not None else (text,)
+    try:
+        error: BaseException = native.__new__(cls, *args)
+        native.__init__(error, *args)
+    except Exception:  # a builtin that does not take a bare text, or hostile arguments
+        return None
+    if isinstance(error, DistgradError):
+        vars(error).update(message=text, detail=None, hint=None)
+    for name, value in (state or {}).items():
+        if not name.startswith("__"):
+            vars(error)[name] = value
+    return error
+
+
+def _unknown(type_name: str, where: str, text: str) -> RemoteError:
     return RemoteError(
-        f"{name} on worker {message.workers[0]!r}: {message.message}",
+        f"{type_name.replace(':', '.')}{where}: {text}",
         hint="expose the exception's class on both sides to catch it by its own type",
     )
 
 
 def _known_class(type_name: str) -> type[BaseException] | None:
     module, _, name = type_name.partition(":")
+    found: Any
     if module == "builtins":
         found = getattr(builtins, name, None)
-        known = isinstance(found, type) and issubclass(found, Exception)
     elif module == "distgrad.errors":
         found = getattr(errors, name, None) if name in errors.__all__ else None
-        known = found is not None
     else:
-        found = exposed_class(type_name)
-        known = found is not None and issubclass(found, Exception)
-    return found if known else None
+        found = known_class(type_name)
+    return found if isinstance(found, type) and issubclass(found, Exception) else None
+
+
+def _value_from_wire(described: Any, session: Any) -> BaseException:
+    error = _from_wire(described)
+    return error if error is not None else _unknown(described[0], "", described[1])
+
+
+_codec.register_exceptions(_to_wire, _value_from_wire)

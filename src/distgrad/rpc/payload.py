@@ -6,15 +6,23 @@ tensors that require grad, in slot order, for the autograd hook.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import numpy as np
 
 from distgrad import _codec
 from distgrad._core import Tensor
 from distgrad.config import config
+from distgrad.errors import SerializationError
+from distgrad.message import KINDS
 from distgrad.rpc._exchange import Session
+from distgrad.rpc.exposure import name_of
 from distgrad.rpc.options import WorkerInfo
 
 __all__ = ["Session", "apply_limits", "register_type"]
+
+T = TypeVar("T")
 
 
 def _unwrap(tensor: Tensor, session: Session | None) -> tuple[np.ndarray, bool, int]:
@@ -38,7 +46,54 @@ _codec.register_type(
     lambda value, session: WorkerInfo(*value),
 )
 
-register_type = _codec.register_type
+for _code, _kind in KINDS.items():
+    _codec.name_fields(_code, _kind._fields)
+
+
+def register_type(
+    cls: type[T],
+    encode: Callable[[T], Any],
+    decode: Callable[[Any], T],
+    *,
+    name: str | None = None,
+) -> None:
+    """Let instances of a class be sent, as the values that a function makes of them.
+
+    Call it in every process that sends or receives them, best in the module of the class.
+
+    Parameters
+    ----------
+    cls
+        Exactly this class; subclasses are registered on their own.
+    encode
+        ``encode(obj)`` returns something that can be sent, without ``obj`` itself.
+    decode
+        ``decode(value)`` makes an instance again. The value comes from a peer: check it.
+        What it raises fails the call that carries the value.
+    name
+        Of the class on the wire; by default its module and qualified name.
+
+    Raises
+    ------
+    ValueError
+        If the name belongs to another class.
+    """
+    if not isinstance(cls, type) or not callable(encode) or not callable(decode):
+        raise TypeError(
+            f"cannot register {cls!r}: expected a class, a function that makes values of its "
+            "instances, and one that makes instances of values"
+        )
+    wire_name = name or name_of(cls)
+
+    def receive(value: Any, session: Session | None) -> T:
+        try:
+            return decode(value)
+        except Exception as error:
+            raise SerializationError(
+                f"cannot receive a value of type {wire_name}: {type(error).__name__}: {error}"
+            ) from error
+
+    _codec.register_type(cls, wire_name, lambda obj, session: encode(obj), receive)
 
 
 def apply_limits() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from distgrad.message import RemoteCall
 from distgrad.rpc import UNSET_RPC_TIMEOUT, Future, WorkerInfo, current_worker
-from distgrad.rpc.calls import allowed_timeout
+from distgrad.rpc.calls import allowed_timeout, call_arguments
 from distgrad.rpc.exposure import expose, name_of
 from distgrad.rpc.future import FAILED
 from distgrad.rref.rref import RRef
@@ -50,8 +50,7 @@ def remote(
     name = name_of(func)
     owner = worker.world.id_of(to)
     seconds = allowed_timeout(worker, timeout, name)
-    values = () if args is None else tuple(args)
-    named = dict(kwargs) if kwargs else None
+    values, named = call_arguments(name, args, kwargs)
     table: RRefTable = worker.extensions["rref"]
 
     def send(rref_id: int, fork_id: int) -> Future:

@@ -38,11 +38,12 @@ cdef struct Writer:
     Step *step
     int depth
     bint in_key                # inside a dict key or set element
+    uint8_t kind               # of the message; names its fields in errors
     Memo memo
 
 
 # Prepare a writer, free what it still owns, and write one value (or a message's fields).
-cdef int open_writer(Writer *w, PyObject *session) except -1
+cdef int open_writer(Writer *w, uint8_t kind, PyObject *session) except -1
 cdef void close_writer(Writer *w) noexcept
 cdef int write_value(Writer *w, object value) except -1
 

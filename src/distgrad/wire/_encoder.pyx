@@ -35,7 +35,7 @@ cdef enum:
 cdef object generic = np.generic
 
 
-cdef int open_writer(Writer *w, PyObject *session) except -1:
+cdef int open_writer(Writer *w, uint8_t kind, PyObject *session) except -1:
     w.start = <uint8_t *>malloc(START_NBYTES)
     if w.start == NULL:
         raise MemoryError
@@ -47,6 +47,7 @@ cdef int open_writer(Writer *w, PyObject *session) except -1:
     w.step = NULL
     w.depth = 0
     w.in_key = False
+    w.kind = kind
     w.memo.entries = w.memo.start
     w.memo.count, w.memo.capacity, w.memo.index = 0, MEMO_START, NULL
     return 0
@@ -70,6 +71,7 @@ cdef str path_of(Writer *w):
     pieces = []
     container = None
     cdef Step *step = w.step
+    cdef Py_ssize_t top = 0
     while step != NULL:
         container = <object>step.container
         if type(container) is dict:
@@ -82,9 +84,13 @@ cdef str path_of(Writer *w):
             pieces.append("{...}")
         elif step.key != NULL:
             pieces.append(f".{<object>step.key}")
+        top = step.index
         step = step.parent
+    fields = message_fields.get(w.kind, ())
+    if type(container) is tuple and len(container) == len(fields):      # the body of a message
+        pieces[len(pieces) - 1] = "." + fields[top]
     path = "".join(reversed(pieces))
-    path = path[1:] if hasattr(container, "_fields") else "value" + path  # named at the top
+    path = path[1:] if path[:1] == "." and type(container) is not dict else "value" + path
     return path if len(path) <= 200 else f"{path[:100]} ... {path[len(path) - 90:]}"
 
 
@@ -286,6 +292,8 @@ cdef int put_rare(Writer *w, PyObject *obj, PyTypeObject *cls) except -1:
         return put_tag(w, T_ELLIPSIS)
     if tensor_type is not None and isinstance(<object>obj, tensor_type):
         return put_compound(w, obj, <PyTypeObject *>tensor_type, NULL)
+    if isinstance(<object>obj, BaseException) and exception_codec is not None:
+        return put_compound(w, obj, cls, <PyObject *>exception_codec)
     raise refusal_of_type(w, <object>obj)
 
 

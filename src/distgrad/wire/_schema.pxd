@@ -61,6 +61,8 @@ cdef object tensor_unwrap            # see `set_tensor_type`
 cdef object tensor_wrap
 cdef dict codecs_by_type             # class -> Extension or Record
 cdef dict codecs_by_name             # name on the wire -> the same
+cdef object exception_codec          # Extension for exceptions of every class, or None
+cdef dict message_fields             # message kind -> names of the fields of its body
 
 
 cdef class Extension:

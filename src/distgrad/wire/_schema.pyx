@@ -45,6 +45,8 @@ ZEROS = bytes(ALIGNMENT)
 tensor_type = tensor_unwrap = tensor_wrap = None
 codecs_by_type = {}
 codecs_by_name = {}
+exception_codec = None
+message_fields = {}
 
 
 cdef object malformed(str fact):
@@ -255,7 +257,10 @@ def set_tensor_type(cls, unwrap, wrap):
 
 cdef int add_codec(object codec) except -1:
     known = codecs_by_name.get(codec.name)
-    if known is not None and known.cls is not codec.cls:
+    # A class that was defined again, as notebooks do, takes the place of its former self.
+    if known is not None and (known.cls.__module__, known.cls.__qualname__) != (
+        codec.cls.__module__, codec.cls.__qualname__
+    ):
         raise ValueError(
             f"cannot register {codec.cls.__qualname__}: the name {codec.name!r} "
             f"belongs to {known.cls.__qualname__}"
@@ -284,6 +289,24 @@ def register_type(cls, name, encode, decode):
         The name belongs to another class.
     """
     add_codec(Extension(cls, name, encode, decode))
+
+
+def register_exceptions(encode, decode):
+    """Let exceptions of every class be sent.
+
+    Parameters
+    ----------
+    encode, decode
+        As for `register_type`; the name on the wire is ``"exception"``.
+    """
+    global exception_codec
+    exception_codec = Extension(BaseException, "exception", encode, decode)
+    add_codec(exception_codec)
+
+
+def name_fields(int kind, names):
+    """Have the errors of the encoder name the fields of a kind of message."""
+    message_fields[kind] = tuple(names)
 
 
 def register_record(cls, name):
