@@ -66,6 +66,8 @@ cdef extern from "pythread.h" nogil:
     unsigned long PyThread_get_thread_ident()
 
 cdef double CROWDED_S = 2e-6           # a yield longer than this gave the processor away
+cdef double BUSY_S = 1e-3              # same, to somebody who computes: no peer that answers
+cdef double CALM_S = 0.1               # how long nobody spins then
 cdef double LONGEST_S = 3600.0         # of one epoll_wait
 cdef double SIGNAL_SLICE_S = 0.2       # same in the main thread, where signals are looked for
 cdef Py_ssize_t NOTHING = -EAGAIN      # nothing to read now
@@ -247,7 +249,8 @@ cdef class Poller:
             Longest wait in seconds; 0 only looks, ``math.inf`` waits for ever.
         spin
             Whether to poll for up to ``config.spin_us`` before blocking. How long adapts:
-            to the whole of it when events come that soon, towards nothing when they do not.
+            to the whole of it when events come that soon, towards nothing when they do not,
+            and to nothing for a while where others compute on the same processors.
 
         Returns
         -------
@@ -265,15 +268,18 @@ cdef class Poller:
             an `Exception`. No event is lost.
         """
         cdef list events = []
+        cdef double now
         if self.closed:
             raise TransportError("cannot poll: the poller is closed")
         if self.polling:
             raise RuntimeError("cannot poll: another thread is polling")
         self.polling = True
         self.called = False
-        self.most_s = config.spin_us * 1e-6 if spin and self.cpus > 1 else 0.0
+        now = now_s()
+        spin = spin and self.cpus > 1 and now >= self.calm_until
+        self.most_s = config.spin_us * 1e-6 if spin else 0.0
         try:
-            self.fill(events, now_s() + timeout_s)
+            self.fill(events, now + timeout_s)
         except BaseException:
             self.posted.extendleft(reversed(events))
             self.ring()
@@ -322,7 +328,7 @@ cdef class Poller:
         """Wait until a socket is ready, the hot one was read, somebody wakes, or ``until``."""
         cdef double start = now_s(), now = start, limit
         cdef int round_ = 0, yields = YIELD_TURNS
-        cdef bint crowded
+        cdef double away
         self.hot_result = NOTHING
         self.num_ready = 0
         if has_hot and hot.ring != NULL:       # an answer may come sooner than a yield returns
@@ -346,8 +352,13 @@ cdef class Poller:
             if round_ % yields == 0:
                 sched_yield()
                 # If that took long, others want this processor, and perhaps the peer is one.
-                crowded = now_s() - now > CROWDED_S
-                self.patience = 1 if crowded else min(2 * self.patience, 4 * YIELD_TURNS)
+                away = now_s() - now
+                self.patience = 1 if away > CROWDED_S else min(2 * self.patience, 4 * YIELD_TURNS)
+                if away > BUSY_S:
+                    # Who spins among processes that compute uses up its share of the processor
+                    # and waits for a turn; who sleeps is let in as soon as it is woken.
+                    self.calm_until = now + away + CALM_S
+                    break
         if now >= until or get_flag(&self.woken):
             return
         if self.most_s > 0.0:
