@@ -142,7 +142,7 @@ class PropagateGradients(NamedTuple):
     """Gradients and nones of one or more sends of a pass.
 
     ``entries`` holds ``(message id, gradients)``, where ``gradients`` is None, or a tuple
-    with an array or None a slot. ``complete`` is None, or what a `PassComplete` would say.
+    with an array or None a slot. ``complete`` is None, or reports as in `PassComplete`.
     """
 
     pass_id: int
@@ -160,7 +160,11 @@ class PassBegin(NamedTuple):
 
 
 class PassComplete(NamedTuple):
-    """The sender's part of the pass is done; it knows these peers through the context."""
+    """Reports of workers whose part of the pass is done, on their way to its root.
+
+    A report is the id of the worker, the number of its peers, and their ids (``~id`` of those
+    that it left out as lost); reports stand one behind the other.
+    """
 
     pass_id: int
     complete: tuple[int, ...]

@@ -113,7 +113,7 @@ class Site:
         )
         if to in self.lost or unreachable:
             raise WorkerLostError(f"worker {to} is lost")
-        self.world.channel(self.worker_id, to).append(frame)
+        self.world.put(self.worker_id, to, frame)
 
     def receive(self, sender: int, frame: Sequence[Any]) -> None:
         kind, *rest = frame
@@ -309,27 +309,40 @@ class World:
         self.passes: dict[int, Pass] = {}
         self.messages: Counter[str] = Counter()
         self.programs: dict[Any, Site] = {}  # that have not ended
+        self.filled: list[tuple[int, int]] = []  # channels with messages under way
+        self.acts: tuple[Callable[[Any], object], ...] = (
+            self.arrive,
+            lambda job: job[0].alive and job[0].decode(*job[1:]),
+            lambda job: job[0].alive and job[1].drain(job[2]),
+            lambda job: job[0].alive and job[0].give_up(job[1]),
+            lambda program: program(),
+        )
         self.undecodable = 0.0  # chance of a call
         self.duplicated = 0.0  # chance of a message of a pass
 
     def count(self, message: Message) -> None:
         self.messages[type(message).__name__] += 1
 
-    def channel(self, source: int, target: int) -> deque[Any]:
-        return self.channels.setdefault((source, target), deque())
+    def put(self, source: int, target: int, frame: Any) -> None:
+        frames = self.channels.setdefault((source, target), deque())
+        frames.append(frame)
+        if len(frames) == 1:
+            self.filled.append((source, target))
 
     def kill(self, site: Site) -> None:
         """End a worker; of what it sent last, some may be lost."""
         site.alive = False
+        me = site.worker_id
         for (source, target), frames in list(self.channels.items()):
-            if target == site.worker_id:
+            if target == me:
                 frames.clear()
-                self.channel(target, source)  # a broken connection is seen at both ends
+                self.channels.setdefault((me, source), deque())  # it sees the connection end too
         for (source, _), frames in self.channels.items():
-            if source == site.worker_id:
+            if source == me:
                 for _ in range(self.rng.randint(0, len(frames))):
                     frames.pop()
                 frames.append(("lost",))
+        self.filled = [ends for ends, frames in self.channels.items() if frames]
 
     # --- programs ----------------------------------------------------------------------
 
@@ -364,30 +377,27 @@ class World:
 
     # --- the scheduler -----------------------------------------------------------------
 
-    def steps(self) -> list[Callable[[], None]]:
-        """Return everything that may happen next."""
-        found: list[Callable[[], None]] = []
-        for (source, target), frames in self.channels.items():
-            if frames:
-                found.append(lambda s=source, t=target: self.arrive(s, t))  # type: ignore[misc]
-        for todo, act in (
-            (self.decodes, lambda site, *job: site.decode(*job)),
-            (self.drains, lambda site, part, run: part.drain(run)),
-            (self.timeouts, lambda site, call_id: site.give_up(call_id)),
-        ):
-            for index in range(len(todo)):
-                found.append(lambda t=todo, i=index, a=act: self.take(t, i, a))  # type: ignore
-        for index in range(len(self.runnable)):
-            found.append(lambda i=index: self.runnable.pop(i)())  # type: ignore[misc]
-        return found
+    def happen(self) -> bool:
+        """Let one thing happen, any with the same chance; False if there is nothing left."""
+        kinds = (self.filled, self.decodes, self.drains, self.timeouts, self.runnable)
+        total = sum(map(len, kinds))
+        if not total:
+            return False
+        chosen = self.rng.randrange(total)
+        for todo, act in zip(kinds, self.acts, strict=True):
+            if chosen < len(todo):
+                todo[chosen], todo[-1] = todo[-1], todo[chosen]  # order is no matter
+                act(todo.pop())
+                return True
+            chosen -= len(todo)
+        raise AssertionError("unreachable")
 
-    def take(self, todo: list[Any], index: int, act: Callable[..., None]) -> None:
-        site, *job = todo.pop(index)
-        if site.alive:
-            act(site, *job)
-
-    def arrive(self, source: int, target: int) -> None:
-        frame = self.channels[source, target].popleft()
+    def arrive(self, ends: tuple[int, int]) -> None:
+        source, target = ends
+        frames = self.channels[ends]
+        frame = frames.popleft()
+        if frames:
+            self.filled.append(ends)
         site = self.sites[target]
         if not site.alive or (source in site.lost):
             return
@@ -398,13 +408,11 @@ class World:
         except WorkerLostError:
             return  # an answer to a worker that is gone
 
-    def settle(self, most: int = 100_000) -> None:
+    def settle(self, most: int = 1_000_000) -> None:
         """Let everything happen, in random order, until nothing is left."""
         for _ in range(most):
-            steps = self.steps()
-            if not steps:
+            if not self.happen():
                 return
-            self.rng.choice(steps)()
         raise AssertionError("the world does not come to rest")
 
     def alive(self) -> list[Site]:

@@ -46,12 +46,10 @@ def test_backward_one_call_takes_two_messages() -> None:
 
 
 @pytest.mark.parametrize("count", [3, 5, 9])
-def test_backward_nested_calls_take_one_message_a_pair_and_a_report_a_worker(count: int) -> None:
+def test_backward_nested_calls_take_one_message_a_pair(count: int) -> None:
+    """The reports travel with the gradients."""
     world, _ = chain(count)
-    pairs = 2 * (count - 1)
-    assert world.messages["PropagateGradients"] == pairs
-    assert world.messages["PassBegin"] == 0
-    assert world.messages["PassComplete"] == count - 2  # worker 1 reports with its gradient
+    assert world.messages == {"PropagateGradients": 2 * (count - 1)}
 
 
 def test_backward_thousand_workers_in_a_chain_ends_exact() -> None:
@@ -68,7 +66,7 @@ def test_backward_thousand_workers_in_a_chain_ends_exact() -> None:
 def test_backward_random_contexts_take_less_than_fast_mode(programs: range) -> None:
     """Shown with ``-s``: messages of a pass against FAST mode's two a pair."""
     calm = Chances(inner=0.0, overlap=0.0, no_grad=0.0)
-    ours, kinds, fast = 0, Counter[str](), 0
+    ours, fast, kinds, sizes = 0, 0, Counter[str](), Counter[str]()
     for seed in programs:
         scenario = Scenario(seed, calm)
         context_id = next(iter(run_forward(scenario)))
@@ -76,12 +74,20 @@ def test_backward_random_contexts_take_less_than_fast_mode(programs: range) -> N
         site = scenario.contexts[context_id]
         site.backward(context_id, [combine([(1, v) for v in scenario.last])], True)
         scenario.world.settle()
-        kinds += scenario.world.messages
+        messages = scenario.world.messages
         parts = [s.parts[context_id] for s in scenario.world.sites if context_id in s.parts]
-        fast += 2 * sum(node.peer != p.host.worker_id for p in parts for node in p.sends.values())
+        ends = [(p.host.worker_id, node.peer) for p in parts for node in p.sends.values()]
+        apart = [(a, b) for a, b in ends if a != b]
+        assert messages["PropagateGradients"] <= len(apart)
+        assert messages["PassComplete"] < len(parts) + (not parts)
+        assert messages["PassBegin"] <= len({*apart, *((b, a) for a, b in apart)})
+        kinds += messages
+        fast += 2 * len(apart)
+        sizes[next(f"up to {n}" for n in (6, 30, 100, 300) if len(scenario.world.sites) <= n)] += 1
     ours = kinds.total()
-    print(f"\n{ours} messages, FAST mode {fast}: {ours / fast:.2f}; {dict(kinds)}")
-    assert ours < fast
+    print(f"\n{ours} messages, FAST mode {fast}: {ours / fast:.3f}; {dict(kinds)}")
+    print(f"worlds by number of workers: {dict(sizes)}")
+    assert ours < 0.62 * fast  # 0.59; a small sample may lie above
 
 
 def run_forward(scenario: Scenario) -> dict[int, Site]:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from integer_graph import Value, combine, leaf
 from simulator import Failed, Pass, Program, Promise, Site, World
+
+from distgrad.errors import WorkerLostError
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,11 @@ class Scenario:
     def __init__(self, seed: int, chances: Chances) -> None:
         self.rng = random.Random(seed)
         self.chances = chances
-        self.world = World(self.rng.randint(2, 6), seed, self.serve)
+        self.world = World(self.size(), seed, self.serve)
         self.world.undecodable = chances.undecodable
         self.world.duplicated = chances.duplicated
         self.started: list[Pass] = []
-        self.budget = self.rng.randint(3, 40)  # operations
+        self.budget = self.rng.randint(3, 40 + len(self.world.sites))  # operations
         self.leaves = 0
         self.excused: set[int] = set()  # contexts in which a pass may fail
         self.contexts: dict[int, Site] = {}
@@ -53,6 +56,12 @@ class Scenario:
 
     def chance(self, name: str) -> bool:
         return self.rng.random() < getattr(self.chances, name)
+
+    def size(self) -> int:
+        """Draw a number of workers: from 2 to 300, most worlds are small."""
+        if self.rng.random() < 0.6:
+            return self.rng.randint(2, 6)
+        return int(2 * 150.5 ** self.rng.random())
 
     # --- programs ----------------------------------------------------------------------
 
@@ -151,9 +160,6 @@ class Scenario:
         if not self.chances.kill and not self.chances.release:
             return
         for _ in range(self.rng.randint(10, 400)):
-            steps = self.world.steps()
-            if not steps:
-                return
             if self.chance("kill") and len(self.world.alive()) > 1:
                 self.excused |= self.contexts.keys()
                 self.world.kill(self.rng.choice(self.world.alive()))
@@ -161,8 +167,8 @@ class Scenario:
                 context_id = self.rng.choice(list(self.contexts))
                 self.excused.add(context_id)
                 self.release(context_id)
-            else:
-                self.world.rng.choice(steps)()
+            elif not self.world.happen():
+                return
 
     def release(self, context_id: int) -> None:
         if self.contexts[context_id].alive:
@@ -188,7 +194,7 @@ class Scenario:
         for site in self.world.alive():
             for part in site.parts.values():
                 for peer, end in part.table.all_ends():
-                    if peer not in site.lost:
+                    with suppress(WorkerLostError):
                         site.send(peer, "pass", part.context_id, end)
         self.world.settle()
         left = [part.table.passes for site in self.world.alive() for part in site.parts.values()]

@@ -3,9 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-__all__ = ["Closure"]
+from distgrad.errors import ProtocolError
+
+__all__ = ["Closure", "report_of"]
+
+
+def report_of(worker: int, peers: Sequence[int]) -> tuple[int, ...]:
+    """Return the report of a worker as it travels: its id, the number of peers, the peers."""
+    return (worker, len(peers), *peers)
 
 
 class Closure:
@@ -33,6 +40,16 @@ class Closure:
         self.reached = {root}
         self.missing = {root}
         self.reports: dict[int, Iterable[int]] = {}
+
+    def take(self, reports: Sequence[int]) -> None:
+        """Take in reports, as `report_of` makes them, one behind the other."""
+        start = 0
+        while start < len(reports):
+            end = start + 2 + reports[start + 1]
+            if end > len(reports):
+                raise ProtocolError("cannot read the reports of a pass: they end too early")
+            self.report(reports[start], reports[start + 2 : end])
+            start = end
 
     def report(self, sender: int, peers: Iterable[int]) -> None:
         """Take in the report of a worker, once."""

@@ -21,6 +21,7 @@ cdef class BackwardPass:
     cdef public dict _entries           # peer -> (message id, gradients) for the next message
     cdef public dict _late              # peer -> the same, for recvs outside the snapshot
     cdef public list _own               # the same, for messages of this worker to itself
+    cdef public tuple _carried          # reports of others that go on with the own one
     cdef public bint _announced         # bare begins were sent
     cdef public list _outbox            # (peer, message) to send
     cpdef _on_gradients(self, sender, message)
@@ -30,4 +31,4 @@ cdef class BackwardPass:
     cpdef _resolve(self, message_id, grads)
     cpdef _report(self)
     cpdef _drop_graph(self)
-    cpdef _on_report(self, sender, peers)
+    cpdef _on_reports(self, reports)

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from distgrad.autograd.closure import Closure
+from distgrad.autograd.closure import Closure, report_of
 from distgrad.autograd.terms import (
     COMPLETE,
     FAILED,
@@ -76,6 +76,7 @@ class BackwardPass:
     __slots__ = (
         "_announced",
         "_answered",
+        "_carried",
         "_entries",
         "_excluded",
         "_heard",
@@ -119,6 +120,7 @@ class BackwardPass:
         self._entries: dict[int, list[tuple[int, Gradients]]] = {}  # by peer: what to tell
         self._late: dict[int, list[tuple[int, Gradients]]] = {}  # the same, for late recvs
         self._own: list[tuple[int, Gradients]] = []  # the same, for this worker itself
+        self._carried: tuple[int, ...] = ()  # reports of others that go on with the own one
         self._announced = False
         self._outbox: list[tuple[int, Message]] = []
 
@@ -187,7 +189,7 @@ class BackwardPass:
         if type(message) is PropagateGradients:
             self._on_gradients(sender, message)
         elif type(message) is PassComplete:
-            self._on_report(sender, message.complete)
+            self._on_reports(message.complete)
         elif type(message) is PassBegin:
             self._on_begin(sender, message)
         elif type(message) is PassEnd:
@@ -199,7 +201,7 @@ class BackwardPass:
         for message_id, grads in message.entries:
             self._resolve(message_id, grads)
         if message.complete is not None:
-            self._on_report(sender, message.complete)
+            self._on_reports(message.complete)
 
     def _on_begin(self, sender: int, message: PassBegin) -> None:
         for message_id in message.uncertain:
@@ -300,11 +302,13 @@ class BackwardPass:
         if self._late:
             self._flush_late()
         report = self._report()
+        if report is not None:
+            bearer = self.root if self.root in self._entries else next(iter(self._entries), None)
+            if bearer is None:
+                self._outbox.append((self.root, PassComplete(self.pass_id, report)))
         for peer, entries in self._entries.items():
-            complete = report if peer == self.root else None
+            complete = report if report is not None and peer == bearer else None
             self._send(peer, PropagateGradients, tuple(entries), complete)
-        if report is not None and self.root not in self._entries:
-            self._outbox.append((self.root, PassComplete(self.pass_id, report)))
         if self._uncertain:
             for peer in sorted(self._uncertain):
                 self._send(peer, PassBegin, tuple(self._uncertain[peer]))
@@ -365,9 +369,10 @@ class BackwardPass:
         peers = tuple(sorted(self._peers))
         if self._excluded:
             peers += tuple([~worker for worker in self._excluded])
+        report = report_of(self.worker, peers) + self._carried
         if self.closure is None:
-            return peers
-        self._on_report(self.worker, peers)
+            return report
+        self._on_reports(report)
         return None
 
     def _drop_graph(self) -> None:
@@ -375,11 +380,16 @@ class BackwardPass:
         self._unresolved = {}
         self._own = []
 
-    def _on_report(self, sender: int, peers: Iterable[int]) -> None:
+    def _on_reports(self, reports: tuple[int, ...]) -> None:
+        """Take in reports; elsewhere than at the root they go on to it."""
         closure = self.closure
         if closure is None:
-            raise ProtocolError("cannot take a report: this worker is not the root of the pass")
-        closure.report(sender, peers)
+            if self.state is COMPLETE:
+                self._outbox.append((self.root, PassComplete(self.pass_id, reports)))
+            else:
+                self._carried += reports
+            return
+        closure.take(reports)
         if self._lost:
             _refuse(closure.reached.intersection(self._lost))
         if self.state is COMPLETE and not closure.missing:
