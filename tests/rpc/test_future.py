@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import threading
+import warnings
 
 import pytest
 
@@ -105,3 +106,89 @@ def test_wait_all_and_collect_all_keep_order():
     assert wait_all(futures, 1) == [0, 1, 2]
     assert gathered.wait(1) == futures
     assert collect_all([]).wait(1) == []
+
+
+def test_collect_all_fails_as_soon_as_one_does():
+    futures = [Future() for _ in range(3)]
+    gathered = collect_all(futures)
+    futures[2].set_exception(KeyError("early"))
+    with pytest.raises(KeyError, match="early"):
+        gathered.wait(0)
+    futures[0].set_exception(ValueError("late"))
+    futures[1].set_result(None)
+    assert isinstance(gathered.exception(), KeyError)
+
+
+def test_futures_that_were_waited_for_together_do_not_warn():
+    def fail_two(wait):
+        futures = [Future() for _ in range(3)]
+        futures[0].set_result(1)
+        futures[1].set_exception(KeyError("first"))
+        futures[2].set_exception(KeyError("second"))
+        with pytest.raises(KeyError, match="first"):
+            wait(futures)
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        fail_two(wait_all)
+        fail_two(lambda futures: collect_all(futures).wait())
+        gc.collect()
+    assert [str(w.message) for w in seen] == []
+
+
+def test_future_failure_looked_at_often_keeps_its_traceback_short():
+    future = Future()
+    future.set_exception(ValueError("again"))
+
+    def depth():
+        with pytest.raises(ValueError, match="again") as caught:
+            future.wait()
+        return len(caught.traceback)
+
+    assert depth() == depth() == depth()
+
+
+def test_future_is_cancelled_with_the_task_that_awaits_it():
+    async def give_up_on(future):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(future, 0.01)
+
+    lost, kept = Future(), Future()
+    asyncio.run(give_up_on(lost))
+    with pytest.raises(asyncio.CancelledError):
+        lost.wait(0)
+
+    async def shielded():
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(
+                asyncio.shield(waiting := asyncio.ensure_future(wait(kept))), 0.01
+            )
+        kept.set_result(3)
+        return await waiting
+
+    async def wait(future):
+        return await future
+
+    assert asyncio.run(shielded()) == 3
+
+
+def test_future_is_awaited_on_several_loops_at_once():
+    async def main(future):
+        return await future
+
+    future, values = Future(), []
+    threads = [
+        threading.Thread(target=lambda: values.append(asyncio.run(main(future)))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    future.set_result(7)
+    for thread in threads:
+        thread.join(10)
+    assert values == [7, 7, 7]
+
+
+@pytest.mark.parametrize("method", ["then", "add_done_callback"])
+def test_future_callback_that_cannot_be_called_is_refused(method):
+    with pytest.raises(TypeError, match="not callable"):
+        getattr(Future(), method)(None)

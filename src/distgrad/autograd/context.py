@@ -159,4 +159,9 @@ class DistAutogradContext(int):
 
 
 # A context is named in the arguments of calls, as in torch; it arrives as its number.
-register_type(DistAutogradContext, int, int, name="distgrad.DistAutogradContext")  # type: ignore[type-var]
+register_type(
+    DistAutogradContext,
+    int,
+    int,  # type: ignore[arg-type]
+    name="distgrad.DistAutogradContext",
+)

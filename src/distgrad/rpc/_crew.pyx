@@ -343,12 +343,18 @@ cdef class CrewCore(Desk):
         return 0
 
     def withdraw(self, wanted):
-        """Take a task that has not started out of the backlog; False if none matched."""
-        for task in list(self.backlog):
-            if wanted(task):
-                with contextlib.suppress(ValueError):
-                    self.backlog.remove(task)
-                    return True
+        """Take a task that has not started back, whoever has it; False if none matched."""
+        cdef Waiter waiter
+        queues = [self.backlog]
+        for waiter in list(self.innermost.values()):
+            if waiter.tasks:
+                queues.append(waiter.tasks)
+        for queue in queues:
+            for task in list(queue):
+                if wanted(task):
+                    with contextlib.suppress(ValueError):
+                        queue.remove(task)
+                        return True
         return False
 
     cdef int call_hands(self) except -1:

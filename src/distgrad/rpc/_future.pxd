@@ -26,6 +26,7 @@ cdef class Future:
     cdef readonly State _state     # set once, after _value
     cdef public bint _observed     # somebody has seen how it ended
     cdef object value_             # the value or the failure
+    cdef object origin             # the traceback that the failure came with, or None
     cdef list callbacks            # (callback, inline), in order; None without
     cdef list waiters              # what to call on completion, see wait_until; None without
     cdef Desk desk                 # who waits for it and runs its callbacks; None by itself

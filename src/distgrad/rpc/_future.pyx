@@ -46,7 +46,8 @@ cdef class Future:
 
     Futures come from `rpc_async`, or are made by hand and completed with `set_result`
     (see `functions.async_execution`). They can be waited for by any thread, any number
-    of times, or awaited from asyncio.
+    of times, or awaited from asyncio, on any event loop. Like asyncio's own, a future is
+    cancelled with a task that awaits it; `asyncio.shield` prevents that.
 
     Parameters
     ----------
@@ -113,7 +114,8 @@ cdef class Future:
     cdef object outcome(self):
         self._observed = True
         if self._state == IS_FAILED:
-            raise self.value_
+            # With the traceback that it came with: who looks often would make it ever longer.
+            raise self.value_.with_traceback(self.origin)
         return self.value_
 
     cdef int wait_until(self, double deadline) except -1:
@@ -180,6 +182,8 @@ cdef class Future:
         if self._state != IS_PENDING:
             return False
         self.value_ = value
+        if state == IS_FAILED:
+            self.origin = value.__traceback__
         self._state = <State>state
         cdef list waiters = self.waiters, callbacks = self.callbacks
         self.waiters = self.callbacks = None
@@ -207,6 +211,8 @@ cdef class Future:
             Run on the completing thread itself. Only for callbacks that neither block
             nor call out.
         """
+        if not callable(callback):
+            raise TypeError(f"cannot call {callback!r} back: it is not callable")
         if self._state == IS_PENDING:
             entry = (callback if inline else _in_this_context(callback), inline)
             callbacks = []
@@ -256,7 +262,11 @@ cdef class Future:
                 loop.call_soon_threadsafe(wake)
 
         self.add_done_callback(completed, inline=True)
-        yield from waiter.__await__()
+        try:
+            yield from waiter.__await__()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
         return self.outcome()
 
     def __repr__(self):

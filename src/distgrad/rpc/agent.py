@@ -15,7 +15,7 @@ from distgrad.rpc._exchange import Exchange, Served
 from distgrad.rpc._future import FAILED, PendingRequests, RpcFuture
 from distgrad.rpc.crew import Crew
 from distgrad.rpc.failures import describe, rebuild
-from distgrad.rpc.future import Future, collect_all
+from distgrad.rpc.future import Future, all_ended
 from distgrad.rpc.links import Links
 from distgrad.transport._poller import Poller
 
@@ -99,7 +99,7 @@ class Agent(Exchange):
 
     def _after(self, awaited: list[Future], action: Callable[[], object]) -> None:
         """Act once all futures are complete, however they ended."""
-        collect_all(awaited).add_done_callback(lambda _: action(), inline=True)
+        all_ended(awaited, lambda _: action())
 
     def _refuse(self, peer: int, request_id: int, error: Exception) -> None:
         self.submit(lambda: self.reply_error(peer, request_id, error))

@@ -3,36 +3,63 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from distgrad.rpc._future import DONE, FAILED, PENDING, Future
 
-__all__ = ["DONE", "FAILED", "PENDING", "Future", "collect_all", "wait_all"]
+__all__ = ["DONE", "FAILED", "PENDING", "Future", "all_ended", "collect_all", "wait_all"]
 
 
 def wait_all(futures: Iterable[Future], timeout: float | None = None) -> list[Any]:
-    """Wait for all futures and return their values in order; the first failure raises."""
+    """Wait for all futures and return their values in order.
+
+    The first failure in that order raises, without waiting for the futures behind it; how
+    those end needs nobody to look.
+    """
+    members = list(futures)
     deadline = None if timeout is None else time.monotonic() + timeout
-    return [
-        f.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        for f in list(futures)
-    ]
+    values = []
+    for future in members:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        try:
+            values.append(future.wait(left))
+        except BaseException:
+            if future.done():
+                for other in members:
+                    other._observed = True
+            raise
+    return values
 
 
 def collect_all(futures: Iterable[Future]) -> Future:
-    """Return a future of the list of futures, complete when all of them are."""
+    """Return a future of the list of futures, complete when all of them are.
+
+    It fails as soon as one of them does, and as that one did; how the others end needs
+    nobody to look.
+    """
     members = list(futures)
     gathered = Future()
-    if not members:
-        gathered.set_result(members)
-        return gathered
-    left = list(range(len(members)))  # one is taken a completion, which needs no lock
 
-    def one_done(_: Future) -> None:
-        if left.pop() == 0:
-            gathered.set_result(members)
+    def one_done(member: Future) -> None:
+        if member._state == FAILED:
+            gathered._try_complete(FAILED, member.exception())
 
     for member in members:
         member.add_done_callback(one_done, inline=True)
+    all_ended(members, lambda _: gathered._try_complete(DONE, members))
     return gathered
+
+
+def all_ended(futures: Iterable[Future], action: Callable[[list[Future]], object]) -> None:
+    """Call ``action(futures)`` once all are complete, on the thread that completes the last."""
+    members = list(futures)
+    left = list(range(len(members) + 1))  # one is taken a completion, which needs no lock
+
+    def one_done(_: Future | None) -> None:
+        if left.pop() == 0:
+            action(members)
+
+    for member in members:
+        member.add_done_callback(one_done, inline=True)
+    one_done(None)

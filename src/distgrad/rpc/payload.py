@@ -47,7 +47,7 @@ _codec.register_type(
 )
 
 for _code, _kind in KINDS.items():
-    _codec.name_fields(_code, _kind._fields)
+    _codec.name_fields(_code, _kind._fields)  # type: ignore[attr-defined]
 
 
 def register_type(
