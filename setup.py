@@ -28,6 +28,7 @@ MODULES = {
     "distgrad.transport._poller": "src/distgrad/transport/_poller.pyx",
     "distgrad.transport._stream": "src/distgrad/transport/_stream.pyx",
     "distgrad.rpc._leader": "src/distgrad/rpc/_leader.pyx",
+    "distgrad.rpc._pulse": "src/distgrad/rpc/_pulse.pyx",
     "distgrad.rpc._activity": "src/distgrad/rpc/_activity.pyx",
     "distgrad.rpc._future": "src/distgrad/rpc/_future.pyx",
     "distgrad.rpc._crew": "src/distgrad/rpc/_crew.pyx",

@@ -17,6 +17,7 @@ from distgrad.rpc.crew import Crew
 from distgrad.rpc.failures import describe, rebuild
 from distgrad.rpc.future import Future, all_ended
 from distgrad.rpc.links import Links
+from distgrad.rpc.pulse import Doors, Rounds
 from distgrad.transport._poller import Poller
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Agent(Exchange):
 
     def __init__(self, worker: Worker, poller: Poller, max_threads: int) -> None:
         self.ticks: list[Callable[[float], float]] = []
+        self._doors: Doors | None = None
+        self._rounds: Rounds | None = None
         crew = Crew(worker.name, poller, self.on_events, self._tick, max_threads)
         self._assemble(
             worker,
@@ -140,6 +143,15 @@ class Agent(Exchange):
 
     # --- time and the end -----------------------------------------------------------------
 
+    def beat(self, doors: Doors, interval_s: float) -> None:
+        """Answer at these doors from now on, and ask the peers; see `pulse`."""
+        self._doors = doors
+        doors.attend(self.worker.name)
+        if doors.addresses:
+            self._rounds = Rounds(self, self.worker.world.doors_of, interval_s)
+            self.ticks.append(self._rounds.tick)
+            self.tick_by(self._rounds.tick(0.0))
+
     def _tick(self, now: float) -> float:
         soonest = self.pending.expire(now)
         for tick in self.ticks:
@@ -157,6 +169,10 @@ class Agent(Exchange):
         self.links.close(
             lambda peer: self.links.to(peer).send(_codec.encode(_BYE, (reason,), None))
         )
+        if self._rounds is not None:
+            self._rounds.close()
         self.crew.close(timeout_s=1.0)
+        if self._doors is not None:
+            self._doors.close()
         self.pending.end()
         self.crew.poller.close()

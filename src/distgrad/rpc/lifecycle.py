@@ -21,6 +21,7 @@ from distgrad.rpc.departure import Departure
 from distgrad.rpc.environment import detect
 from distgrad.rpc.options import RpcBackendOptions
 from distgrad.rpc.payload import apply_limits
+from distgrad.rpc.pulse import Doors
 from distgrad.rpc.worker import Worker
 from distgrad.rpc.world import World
 from distgrad.transport._poller import Poller
@@ -97,6 +98,7 @@ class _Joining:
         self._secret = options.find_secret()
         self._poller = Poller()
         self._listeners: list[Listener] = []
+        self._doors = Doors((), None)
         self._worker: Worker | None = None
         self._ready = threading.Event()
         self._schemes = _schemes(backend, meeting.place.scheme, self._secret)
@@ -112,7 +114,11 @@ class _Joining:
             for scheme, listener in zip(self._schemes, self._listeners, strict=True)
             if scheme in self._published
         ]
-        own = rendezvous.new_member(name, self._meeting.place.rank, addresses)
+        if self._options.heartbeat_interval > 0:
+            self._doors = Doors(self._published, self._options.host or self._meeting.host)
+        own = rendezvous.new_member(
+            name, self._meeting.place.rank, addresses, self._doors.addresses
+        )
         members = self._meeting.exchange(own)
         members[own.id] = own._replace(
             addresses=(self._listeners[self._schemes.index("inproc")].address,)
@@ -120,6 +126,7 @@ class _Joining:
         world = World(members, own.id, self._secret)
         worker = Worker(world, self._options, self._poller)
         worker.agent.links.listeners = self._listeners
+        worker.agent.beat(self._doors, self._options.heartbeat_interval)
         worker.extensions["departure"] = Departure(worker)
         extensions.install(worker)
         self._worker = worker
@@ -151,6 +158,7 @@ class _Joining:
     def abandon(self) -> None:
         for listener in self._listeners:
             listener.close()
+        self._doors.close()
         self._poller.close()
 
 

@@ -50,6 +50,10 @@ class RpcBackendOptions:
         ``DISTGRAD_SECRET_FILE`` (mode 0600).
     host
         Address on which the TCP listener is reachable; None means loopback.
+    heartbeat_interval
+        Seconds from one look at each connected peer to the next; 0 for none. A peer whose
+        process was stopped is lost within four times as long. One that computes, even in C code
+        that holds the GIL, answers.
     """
 
     rpc_timeout: float = field(default_factory=lambda: config.rpc_timeout)
@@ -59,11 +63,16 @@ class RpcBackendOptions:
     expose: Sequence[str] = ()
     secret: bytes | str | None = None
     host: str | None = None
+    heartbeat_interval: float = field(default_factory=lambda: config.heartbeat_interval)
 
     def __post_init__(self) -> None:
         if self.rpc_timeout < 0:
             raise ValueError(
                 f"cannot use rpc_timeout={self.rpc_timeout!r}: it must not be negative"
+            )
+        if not self.heartbeat_interval >= 0:
+            raise ValueError(
+                f"cannot use heartbeat_interval={self.heartbeat_interval!r}: expected 0 or more"
             )
         if self.num_worker_threads is not None and self.num_worker_threads < 1:
             raise ValueError(

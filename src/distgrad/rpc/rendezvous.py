@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -230,7 +230,7 @@ def meet(place: Place, options: RpcBackendOptions) -> Meeting:
     return Meeting(place, options.find_secret(), time.monotonic() + config.rendezvous_timeout)
 
 
-def new_member(name: str, rank: int, addresses: list[str]) -> Member:
+def new_member(name: str, rank: int, addresses: list[str], doors: Sequence[str] = ()) -> Member:
     """Describe this worker to the others, with a fresh incarnation."""
     host = f"{socket.gethostname()}/{_boot_id()}"
     return Member(
@@ -240,13 +240,20 @@ def new_member(name: str, rank: int, addresses: list[str]) -> Member:
         host,
         f"{host}/{os.getpid()}/{_PROCESS_MARK}",
         tuple(addresses),
+        tuple(doors),
     )
 
 
 def _member(record: Any) -> Member:
-    name, rank, incarnation, host, process, addresses = record
+    name, rank, incarnation, host, process, addresses, doors = record
     return Member(
-        check_name(name), int(rank), int(incarnation), str(host), str(process), tuple(addresses)
+        check_name(name),
+        int(rank),
+        int(incarnation),
+        str(host),
+        str(process),
+        tuple(addresses),
+        tuple(doors),
     )
 
 

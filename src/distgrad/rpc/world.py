@@ -22,6 +22,7 @@ class Member(NamedTuple):
     host: str  # the same for workers that can share Unix sockets
     process: str  # the same for workers of one process
     addresses: tuple[str, ...]  # where it listens, the fastest way first
+    doors: tuple[str, ...] = ()  # where it says that it runs, see `pulse`
 
 
 class World:
@@ -85,6 +86,10 @@ class World:
         if member.process != self.own.process:
             out_of_reach.add("inproc")
         return tuple(a for a in member.addresses if a.partition("://")[0] not in out_of_reach)
+
+    def doors_of(self, worker_id: int) -> tuple[str, ...]:
+        """Return where a worker tells whether it runs."""
+        return self.members[worker_id].doors
 
     def recognises(self, identity: Any, worker_id: int) -> bool:
         """Whether an authenticated identity is that of the member with this id."""

@@ -1,0 +1,122 @@
+"""A peer that was stopped is noticed; one that computes is left alone: real processes."""
+
+import ctypes
+import os
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+from distgrad import rpc
+from distgrad.errors import WorkerLostError
+from distgrad.rpc.pulse import Doors
+from distgrad.testing import World
+
+INTERVAL_S = 0.2
+
+
+@rpc.expose
+def own_pid():
+    return os.getpid()
+
+
+@rpc.expose
+def hold_gil(seconds):
+    ctypes.PyDLL(None).usleep(int(seconds * 1e6))  # PyDLL does not let go of the GIL
+    return "done"
+
+
+@rpc.expose
+def sleep(seconds):
+    time.sleep(seconds)
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def world(request):
+    with World(3, transport=request.param, heartbeat_interval=INTERVAL_S) as world:
+        yield world
+
+
+def wait_for_a_stopped_peer(rank):
+    pid = rpc.rpc_sync(1, own_pid)
+    answer = rpc.rpc_async(1, sleep, (600,), timeout=0)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(
+            WorkerLostError, match=r"'worker1'.*no sign of life for 0\.6 s"
+        ) as caught:
+            answer.wait(30)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    return str(caught.value), rpc.rpc_sync(2, own_pid) > 0
+
+
+def test_stopped_peer_is_lost_and_others_are_not(world):
+    try:
+        ((text, others_live),) = world.run(wait_for_a_stopped_peer, ranks=[0])
+    finally:
+        world.kill(1)
+    assert others_live
+    assert "sleep" in text
+
+
+def wait_for_a_busy_peer(rank):
+    return rpc.rpc_sync(1, hold_gil, (6 * INTERVAL_S,))
+
+
+def test_peer_that_holds_its_gil_for_long_is_not_lost(world):
+    assert world.run(wait_for_a_busy_peer, ranks=[0]) == ["done"]
+
+
+def be_busy_oneself(rank):
+    rpc.rpc_sync(1, own_pid)
+    answer = rpc.rpc_async(1, sleep, (7 * INTERVAL_S,))
+    hold_gil(6 * INTERVAL_S)
+    return answer.wait()
+
+
+def test_worker_that_was_busy_itself_does_not_judge(world):
+    assert world.run(be_busy_oneself, ranks=[0]) == [None]
+
+
+def wait_for_a_peer_that_pauses(rank):
+    pid = rpc.rpc_sync(1, own_pid)
+    answer = rpc.rpc_async(1, sleep, (6 * INTERVAL_S,))
+    os.kill(pid, signal.SIGSTOP)
+    threading.Timer(INTERVAL_S, os.kill, (pid, signal.SIGCONT)).start()
+    return answer.wait()
+
+
+def test_peer_that_was_stopped_for_a_moment_is_not_lost(world):
+    assert world.run(wait_for_a_peer_that_pauses, ranks=[0]) == [None]
+
+
+def knock(address):
+    scheme, _, location = address.partition("://")
+    with socket.socket(socket.AF_UNIX if scheme == "unix" else socket.AF_INET) as sock:
+        host, _, port = location.rpartition(":")
+        sock.connect(f"\0{location}" if scheme == "unix" else (host, int(port)))
+        sock.settimeout(10)
+        return sock.recv(10)
+
+
+def test_doors_answer_until_they_are_closed():
+    doors = Doors(["unix", "tcp"], None)
+    doors.attend("test")
+    addresses = list(doors.addresses)
+    assert [address.partition("://")[0] for address in addresses] == ["unix", "tcp"]
+    for address in addresses * 20:
+        assert knock(address) == b"\1"
+    doors.close()
+    doors.close()
+    for address in addresses:
+        with pytest.raises(ConnectionRefusedError):
+            knock(address)
+
+
+def test_heartbeat_interval_that_is_no_time_is_refused():
+    for interval in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="heartbeat_interval"):
+            rpc.RpcBackendOptions(heartbeat_interval=interval)
