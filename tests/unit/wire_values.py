@@ -58,4 +58,10 @@ def same(a: Any, b: Any) -> bool:
 
 
 def same_array(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if a.dtype.char == "G":
+        return same_array(a.real, b.real) and same_array(a.imag, b.imag)
+    if a.dtype.char == "g":  # ten bytes of sixteen count; the others are whatever was there
+        return np.array_equal(a, b, equal_nan=True) and np.array_equal(np.signbit(a), np.signbit(b))
+    return a.tobytes() == b.tobytes()
