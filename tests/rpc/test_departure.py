@@ -1,11 +1,14 @@
 """Leaving together, alone, and when somebody is lost."""
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 
-from distgrad import rpc
+import distgrad as dg
+from distgrad import autograd, rpc
 from distgrad.errors import RpcTimeoutError, WorkerLostError
 from distgrad.rpc.lifecycle import leave
 from distgrad.testing import World
@@ -68,3 +71,47 @@ def test_shutdown_leaves_no_threads():
     while {t.name for t in threading.enumerate()} - before and time.monotonic() < until:
         threading.Event().wait(0.01)
     assert {t.name for t in threading.enumerate()} <= before
+
+
+@rpc.expose
+class Kept:
+    """Something that worker 1 makes for worker 0."""
+
+    def is_there(self):
+        return True
+
+
+@rpc.expose
+def double(x):
+    return x * 2.0
+
+
+made = weakref.WeakSet()
+
+
+@rpc.expose
+def make():
+    kept = Kept()
+    made.add(kept)
+    return kept
+
+
+def hold_on(rank):
+    """Leave a reference and a context open; what this returns keeps them so."""
+    context = autograd.context()
+    context.__enter__()
+    rref = rpc.remote("worker1", make)
+    assert rref.rpc_sync().is_there()
+    return rref, rpc.rpc_sync("worker1", double, (dg.ones(1, requires_grad=True),)), context
+
+
+def test_shutdown_lets_go_of_what_the_worker_kept_for_others():
+    with World(2) as world:
+        left_open = world.run(hold_on, ranks=[0])
+        worker = world.run(lambda rank: rpc.current_worker())[1]
+        assert len(made) == len(worker.extensions["autograd"].parts) == 1
+        leave(worker, graceful=False)
+        gc.collect()
+        assert list(made) == []
+        assert worker.extensions["autograd"].parts == {}
+        del left_open

@@ -74,6 +74,7 @@ class Engine:
         worker.register(CleanupContext, self._on_cleanup, inline=True)
         worker.register(JoinContext, self._on_join, inline=True)
         worker.on_lost.append(self._on_lost)
+        worker.on_close.append(self._on_close)
 
     # --- contexts ------------------------------------------------------------------------
 
@@ -172,6 +173,12 @@ class Engine:
         for part in list(self.parts.values()):
             part.lose(peer, why)
             self._rejoin(part.context_id)
+
+    def _on_close(self) -> None:
+        """Let go of the contexts of other workers: nobody can tell of their release any more."""
+        for context_id in list(self.parts):
+            if worker_of(context_id) != self.worker_id:
+                self.parts.pop(context_id, None)
 
     def _rejoin(self, context_id: int) -> None:
         """Have the creator itself tell of the release: who would have told us may be lost."""

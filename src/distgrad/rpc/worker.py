@@ -40,6 +40,8 @@ class Worker:
         Tables of the layers above, by name of the layer.
     on_lost
         Called with (worker id, reason) on a serving thread when a peer is lost.
+    on_close
+        Called once, when this worker has left: what it kept for others is let go.
     payload_hook
         Sees the tensors of messages; None where no layer above wants to.
     """
@@ -52,6 +54,7 @@ class Worker:
         self.options = options
         self.extensions: dict[str, Any] = {}
         self.on_lost: list[Callable[[int, Exception], None]] = []
+        self.on_close: list[Callable[[], None]] = []
         self.payload_hook: PayloadHook | None = None
         self.exposure = Exposure(self.name, options.expose)
         threads = options.num_worker_threads or config.max_serving_threads
@@ -150,6 +153,8 @@ class Worker:
     def close(self, reason: str) -> None:
         """Leave the world at once; pending calls fail. Idempotent."""
         self.agent.close(reason)
+        while self.on_close:
+            self.on_close.pop()()
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
 

@@ -75,6 +75,7 @@ class RRefTable:
         self._requests: dict[int, int] = {}  # fork -> id of its fork request
         worker.agent.ticks.append(self._sweep)
         worker.on_lost.append(lambda peer, reason: self._do(self._counts.lose, peer))
+        worker.on_close.append(self._close)
 
     def _do(self, event: Callable[..., list[Action]], *args: Any) -> None:
         with self._lock:
@@ -162,6 +163,12 @@ class RRefTable:
         """Take in the end of forks; runs on the polling thread."""
         for rref_id, fork_id in forks:
             self._do(self._counts.on_end, peer, rref_id, fork_id)
+
+    def _close(self) -> None:
+        """Let go of all values: forks that had not ended when the worker left never will."""
+        with self._lock:
+            owned, self._counts.owned = self._counts.owned, {}
+        owned.clear()  # without the lock (invariant 1)
 
     # --- user --------------------------------------------------------------------------
 
