@@ -73,6 +73,16 @@ def test_shutdown_leaves_no_threads():
     assert {t.name for t in threading.enumerate()} <= before
 
 
+def test_shutdown_while_another_worker_is_lost_ends():
+    with World(1) as world:
+        worker = world.run(lambda rank: rpc.current_worker())[0]
+        links = worker.agent.links
+        links.lost[1] = WorkerLostError("gone before")
+        links._tidy = lambda peer: links.lost.setdefault(2, WorkerLostError("gone meanwhile"))
+        leave(worker, graceful=False)
+        assert set(links.lost) == {1, 2}
+
+
 @rpc.expose
 class Kept:
     """Something that worker 1 makes for worker 0."""

@@ -265,5 +265,5 @@ class Links:
             connection.close()
         self.routes.clear()
         self._open.clear()
-        for peer in self.lost:
+        for peer in list(self.lost):  # the thread that polls may still add to them
             self._tidy(peer)
