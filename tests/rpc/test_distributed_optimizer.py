@@ -52,9 +52,9 @@ class Unexposed(SGD):
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    weights.clear()
     with World(4) as running:
         yield running
+    weights.clear()
 
 
 def on(world: World, rank: int, body: Any) -> Any:
