@@ -33,6 +33,7 @@ MODULES = {
     "distgrad.rpc._future": "src/distgrad/rpc/_future.pyx",
     "distgrad.rpc._crew": "src/distgrad/rpc/_crew.pyx",
     "distgrad.rpc._exchange": "src/distgrad/rpc/_exchange.pyx",
+    "distgrad.optim._updates": "src/distgrad/optim/_updates.pyx",
     # Plain Python, compiled for speed; a .pxd beside some adds types.
     "distgrad.autograd.closure": "src/distgrad/autograd/closure.py",
     "distgrad.autograd.protocol": "src/distgrad/autograd/protocol.py",

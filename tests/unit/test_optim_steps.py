@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable, Iterator
 from math import sqrt
 from typing import Any
@@ -205,10 +206,10 @@ def name_of(value: Any) -> str:
     return str(getattr(value, "__name__", value))
 
 
-def random_case(shape: tuple[int, ...]) -> tuple[Tensor, list[np.ndarray]]:
+def random_case(shape: tuple[int, ...], steps: int = STEPS) -> tuple[Tensor, list[np.ndarray]]:
     random = np.random.default_rng(7)
     param = Tensor(random.standard_normal(shape), requires_grad=True)
-    return param, [random.standard_normal(shape) for _ in range(STEPS)]
+    return param, [random.standard_normal(shape) for _ in range(steps)]
 
 
 @pytest.mark.parametrize(("cls", "rule", "settings"), CASES, ids=name_of)
@@ -237,9 +238,76 @@ def test_step_follows_the_formula(
 
 
 @pytest.mark.parametrize(("cls", "rule", "settings"), CASES, ids=name_of)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("phases", [1, 2])
+def test_step_of_the_kernel_has_the_bits_of_the_formula(
+    cls: type[Optimizer], rule: Rule, settings: dict[str, Any], dtype: Any, phases: int
+) -> None:
+    plain: Any = type(cls.__name__, (cls,), {"_fused": Optimizer._fused})
+    random = np.random.default_rng(11)
+    values = random.standard_normal((4, 33)).astype(dtype)
+    fused, written = (Tensor(values.copy(), requires_grad=True) for _ in range(2))
+    kernel, formula = cls([fused], **settings), plain([written], **settings)
+    for _ in range(STEPS):
+        gradient = Tensor(random.standard_normal((4, 33)).astype(dtype))
+        if phases == 1:
+            kernel.step({fused: gradient})
+        else:
+            kernel.prepare({fused: gradient}).commit()
+        formula.step({written: gradient})
+        np.testing.assert_array_equal(fused.data, written.data)
+    np.testing.assert_equal(kernel.state_dict(), formula.state_dict())
+
+
+@pytest.mark.parametrize(("cls", "rule", "settings"), CASES, ids=name_of)
+@pytest.mark.parametrize("phases", [1, 2])
+def test_step_allocates_no_arrays_once_it_has_its_state(
+    cls: type[Optimizer], rule: Rule, settings: dict[str, Any], phases: int
+) -> None:
+    params = [Tensor(np.ones(20_000), requires_grad=True) for _ in range(3)]
+    given = {param: Tensor(np.ones(20_000)) for param in params}
+    optimizer = cls(params, **settings)
+
+    def step() -> None:
+        optimizer.step(given) if phases == 1 else optimizer.prepare(given).commit()
+
+    for _ in range(2):
+        step()
+    tracemalloc.start()
+    try:
+        step()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20_000  # an array has 160 000 bytes
+
+
+def test_step_memory_that_others_see_is_not_written_again() -> None:
+    param = Tensor(np.ones(2), requires_grad=True)
+    optimizer = Adam([param], lr=0.1)
+    given, seen = {param: Tensor(np.ones(2))}, []
+    for _ in range(4):
+        optimizer.prepare(given).commit()
+        view = param.data[:1]
+        seen.append((view, view.copy(), optimizer.state[param]["mean"]))
+    assert all(view == then for view, then, _ in seen)
+    assert len({id(mean) for *_, mean in seen}) == 4
+
+
+def test_step_own_formula_is_not_replaced_by_a_kernel() -> None:
+    class Backwards(SGD):
+        def _update(self, data: Any, gradient: Any, state: Any, group: Any) -> None:
+            data += group["lr"] * gradient
+
+    param = Tensor(np.ones(2), requires_grad=True)
+    Backwards([param], lr=0.5).step({param: Tensor(np.ones(2))})
+    np.testing.assert_array_equal(param.data, [1.5, 1.5])
+
+
+@pytest.mark.parametrize(("cls", "rule", "settings"), CASES, ids=name_of)
 def test_step_equals_torch(cls: type[Optimizer], rule: Rule, settings: dict[str, Any]) -> None:
     torch = pytest.importorskip("torch", reason="compares with torch, which is not installed")
-    param, gradients = random_case((3, 4))
+    param, gradients = random_case((3, 4), steps=100)
     twin = torch.nn.Parameter(torch.from_numpy(param.data.copy()))
     own, other = cls([param], **settings), getattr(torch.optim, cls.__name__)([twin], **settings)
     for gradient in gradients:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from distgrad.optim.optimizer import Array, Optimizer, Parameters, as_real, check_at_least
+from distgrad.optim import _updates
+from distgrad.optim.optimizer import Array, Optimizer, Parameters, as_real, check_at_least, zeros
 
 __all__ = ["Adam", "AdamW"]
 
@@ -73,6 +74,9 @@ class Adam(Optimizer):
             },
         )
 
+    def _fused(self, group: dict[str, Any]) -> _updates.Update:
+        return _updates.adam(group, self.decoupled)
+
     def _update(
         self, data: Array, gradient: Array, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
@@ -83,9 +87,7 @@ class Adam(Optimizer):
                 data *= 1 - group["lr"] * group["weight_decay"]
             else:
                 gradient = gradient + group["weight_decay"] * data
-        if not state:
-            state.update(_first_state(data, group["amsgrad"]))
-        _accumulate(state, gradient, group["betas"])
+        _accumulate(data, state, gradient, group)
         _descend(data, state, group)
 
 
@@ -112,27 +114,22 @@ class AdamW(Adam):
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
 
 
-def _first_state(data: Array, amsgrad: bool) -> dict[str, Any]:
-    state = {"step": 0, "mean": np.zeros_like(data), "square": np.zeros_like(data)}
-    if amsgrad:
-        state["largest_square"] = np.zeros_like(data)
-    return state
-
-
-def _accumulate(state: dict[str, Any], gradient: Array, betas: tuple[float, float]) -> None:
-    state["step"] += 1
-    mean, square = state["mean"], state["square"]
-    mean *= betas[0]
-    mean += (1 - betas[0]) * gradient
-    square *= betas[1]
-    square += (1 - betas[1]) * gradient * gradient
-    if "largest_square" in state:
-        np.maximum(state["largest_square"], square, out=state["largest_square"])
+def _accumulate(data: Array, state: dict[str, Any], gradient: Array, group: dict[str, Any]) -> None:
+    beta1, beta2 = group["betas"]
+    state["step"] = state.get("step", 0) + 1
+    mean, square = zeros(state, "mean", data), zeros(state, "square", data)
+    mean *= beta1
+    mean += (1 - beta1) * gradient
+    square *= beta2
+    square += (1 - beta2) * gradient * gradient
+    if group["amsgrad"]:
+        largest = zeros(state, "largest_square", data)
+        np.maximum(largest, square, out=largest)
 
 
 def _descend(data: Array, state: dict[str, Any], group: dict[str, Any]) -> None:
     beta1, beta2 = group["betas"]
-    divisor = np.sqrt(state.get("largest_square", state["square"]))
+    divisor = np.sqrt(state["largest_square" if group["amsgrad"] else "square"])
     divisor /= sqrt(1 - beta2 ** state["step"])
     divisor += group["eps"]
     np.divide(state["mean"], divisor, out=divisor)

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from distgrad.optim.optimizer import Array, Optimizer, Parameters, as_real, check_at_least
+from distgrad.optim import _updates
+from distgrad.optim.optimizer import Array, Optimizer, Parameters, as_real, check_at_least, zeros
 
 __all__ = ["Adadelta", "Adagrad", "Adamax", "RMSprop", "Rprop"]
 
@@ -32,14 +33,6 @@ class _Adaptive(Optimizer):
         self, data: Array, gradient: Array, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
         raise NotImplementedError
-
-
-def _zeros(state: dict[str, Any], name: str, like: Array) -> Array:
-    """Return an array of the state, made of zeros before the first step."""
-    if name not in state:
-        state[name] = np.zeros_like(like)
-    array: Array = state[name]
-    return array
 
 
 def _blend(mean: Array, keep: float, value: Array) -> Array:
@@ -94,6 +87,9 @@ class Adagrad(_Adaptive):
         }
         check_at_least(0, **settings)
         super().__init__(params, {**settings, "maximize": maximize})
+
+    def _fused(self, group: dict[str, Any]) -> _updates.Update:
+        return _updates.adagrad(group)
 
     def _descend(
         self, data: Array, gradient: Array, state: dict[str, Any], group: dict[str, Any]
@@ -159,17 +155,20 @@ class RMSprop(_Adaptive):
         check_at_least(0, **settings)
         super().__init__(params, {**settings, "centered": centered, "maximize": maximize})
 
+    def _fused(self, group: dict[str, Any]) -> _updates.Update:
+        return _updates.rmsprop(group)
+
     def _descend(
         self, data: Array, gradient: Array, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
         alpha = group["alpha"]
-        square = _blend(_zeros(state, "square", data), alpha, gradient * gradient)
+        square = _blend(zeros(state, "square", data), alpha, gradient * gradient)
         if group["centered"]:
-            mean = _blend(_zeros(state, "mean", data), alpha, gradient)
+            mean = _blend(zeros(state, "mean", data), alpha, gradient)
             square = square - mean * mean
         direction = gradient / (np.sqrt(square) + group["eps"])
         if group["momentum"]:
-            velocity = _zeros(state, "velocity", data)
+            velocity = zeros(state, "velocity", data)
             velocity *= group["momentum"]
             velocity += direction
             direction = velocity
@@ -219,12 +218,15 @@ class Adadelta(_Adaptive):
             raise ValueError(f"cannot use rho={rho!r}: it must be in [0, 1]")
         super().__init__(params, {**settings, "maximize": maximize})
 
+    def _fused(self, group: dict[str, Any]) -> _updates.Update:
+        return _updates.adadelta(group)
+
     def _descend(
         self, data: Array, gradient: Array, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
         rho, eps = group["rho"], group["eps"]
-        square = _blend(_zeros(state, "square", data), rho, gradient * gradient)
-        moved = _zeros(state, "moved", data)
+        square = _blend(zeros(state, "square", data), rho, gradient * gradient)
+        moved = zeros(state, "moved", data)
         delta = np.sqrt(moved + eps) / np.sqrt(square + eps) * gradient
         _blend(moved, rho, delta * delta)
         data -= group["lr"] * delta
@@ -272,12 +274,15 @@ class Adamax(_Adaptive):
         settings = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**settings, "maximize": maximize})
 
+    def _fused(self, group: dict[str, Any]) -> _updates.Update:
+        return _updates.adamax(group)
+
     def _descend(
         self, data: Array, gradient: Array, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
         beta1, beta2 = group["betas"]
-        mean = _blend(_zeros(state, "mean", data), beta1, gradient)
-        norm = _zeros(state, "norm", data)
+        mean = _blend(zeros(state, "mean", data), beta1, gradient)
+        norm = zeros(state, "norm", data)
         np.maximum(beta2 * norm, np.abs(gradient) + group["eps"], out=norm)
         data -= group["lr"] / (1 - beta1 ** state["step"]) * mean / norm
 
@@ -317,16 +322,20 @@ class Rprop(_Adaptive):
         settings = {"lr": lr, "etas": tuple(etas), "step_sizes": tuple(step_sizes)}
         super().__init__(params, {**settings, "maximize": maximize})
 
+    def _fused(self, group: dict[str, Any]) -> _updates.Update:
+        return _updates.rprop(group)
+
     def _descend(
         self, data: Array, gradient: Array, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
-        previous = _zeros(state, "previous", data)
+        previous = zeros(state, "previous", data)
         if "size" not in state:
             state["size"] = np.full_like(data, group["lr"])
         agreement = gradient * previous
         shrink, grow = group["etas"]
         size = state["size"]
-        size *= np.where(agreement > 0, grow, np.where(agreement < 0, shrink, 1.0))
+        factor = np.where(agreement > 0, grow, np.where(agreement < 0, shrink, 1.0))
+        size *= factor.astype(size.dtype, copy=False)
         np.clip(size, *group["step_sizes"], out=size)
         previous[...] = np.where(agreement < 0, 0.0, gradient)
         data -= np.sign(previous) * size

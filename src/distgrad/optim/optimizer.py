@@ -1,8 +1,9 @@
 """The base of all optimizers: parameter groups, state, and steps in one or two phases.
 
-An optimizer is one kernel on plain arrays (`Optimizer._update`) and its settings. `step`
-runs the kernel on the parameters themselves. `prepare` runs it on copies, so that the
-outcome can still be given up; `PreparedStep.commit` cannot fail.
+An optimizer is one formula on plain arrays (`Optimizer._update`) and its settings. `step`
+runs it on the parameters themselves. `prepare` runs it aside, so that the outcome can
+still be given up; `PreparedStep.commit` cannot fail. For contiguous float32 and float64 the
+formulas of this package are compiled, each as one pass over the memory (`_updates`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,17 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from distgrad._core import Tensor
+from distgrad.optim._updates import Update, exchange, step_aside, step_in_place
 
-__all__ = ["Array", "Optimizer", "Parameters", "PreparedStep", "as_real", "check_at_least"]
+__all__ = [
+    "Array",
+    "Optimizer",
+    "Parameters",
+    "PreparedStep",
+    "as_real",
+    "check_at_least",
+    "zeros",
+]
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Parameters: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -55,8 +65,19 @@ class Optimizer(ABC):
         self.defaults = defaults
         self.param_groups: list[dict[str, Any]] = []
         self.state: dict[Tensor, dict[str, Any]] = {}
+        self._spares: dict[Tensor, tuple[Array, dict[str, Any]]] = {}  # see `prepare`
         for group in _as_groups(params):
             self.add_param_group(group)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Whose formula is another one must not run the kernel of the class above.
+        if "_update" in vars(cls) and "_fused" not in vars(cls):
+            cls._fused = Optimizer._fused  # type: ignore[method-assign]
+
+    def _fused(self, group: dict[str, Any]) -> Update | None:
+        """Return the compiled form of `_update` with the settings of a group, if there is one."""
+        return None
 
     @abstractmethod
     def _update(
@@ -108,13 +129,18 @@ class Optimizer(ABC):
             Parameter to gradient, as `distgrad.autograd.get_gradients` returns it; other
             tensors in it are ignored. None takes ``.grad``.
         """
-        for param, gradient, group in self._work(gradients):
-            data, state = param.data, self.state.setdefault(param, {})
-            self._update(np.atleast_1d(data), gradient, state, group)
-            param.data = data  # the same memory: a graph that saved the old values notices
+        for group in self.param_groups:
+            left = step_in_place(self._fused(group), group["params"], gradients, self.state)
+            for param, gradient in left:
+                data, state = param.data, self.state.setdefault(param, {})
+                self._update(np.atleast_1d(data), _checked(gradient, param), state, group)
+                param.data = data  # the same memory: a graph that saved the old values notices
 
     def prepare(self, gradients: Mapping[Tensor, Tensor] | None = None) -> PreparedStep:
         """Compute a step without applying it; everything that can fail fails here.
+
+        The new values are written beside the old ones, into memory that the optimizer keeps
+        for the next step, unless somebody else holds it.
 
         Parameters
         ----------
@@ -126,11 +152,15 @@ class Optimizer(ABC):
         PreparedStep
             The new values. The parameters must not change before it is committed.
         """
-        outcomes = []
-        for param, gradient, group in self._work(gradients):
-            data, state = param.data.copy(), deepcopy(self.state.get(param, {}))
-            self._update(np.atleast_1d(data), gradient, state, group)
-            outcomes.append((param, data, state))
+        outcomes: list[tuple[Tensor, Array, dict[str, Any]]] = []
+        for group in self.param_groups:
+            left = step_aside(
+                self._fused(group), group["params"], gradients, self.state, self._spares, outcomes
+            )
+            for param, gradient in left:
+                data, state = param.data.copy(), deepcopy(self.state.get(param, {}))
+                self._update(np.atleast_1d(data), _checked(gradient, param), state, group)
+                outcomes.append((param, data, state))
         return PreparedStep(self, outcomes)
 
     def state_dict(self) -> dict[str, Any]:
@@ -173,16 +203,6 @@ class Optimizer(ABC):
     def _parameters(self) -> Iterable[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
 
-    def _work(
-        self, gradients: Mapping[Tensor, Tensor] | None
-    ) -> Iterable[tuple[Tensor, Array, dict[str, Any]]]:
-        """Yield each parameter that has a gradient, with the gradient and the group."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                gradient = param.grad if gradients is None else gradients.get(param)
-                if gradient is not None:
-                    yield param, _checked(gradient, param), group
-
     def __repr__(self) -> str:
         lines = [
             ", ".join(f"{key}={value!r}" for key, value in group.items() if key != "params")
@@ -205,14 +225,20 @@ class PreparedStep:
         Arrays are exchanged, not written: who reads a parameter at this moment sees all
         of the old values or all of the new ones.
         """
-        for param, data, state in self.outcomes:
-            param.data = data
-            self.optimizer.state[param] = state
+        exchange(self.outcomes, self.optimizer.state, self.optimizer._spares)
 
 
 def as_real(array: Array) -> Array:
     """Return a real view of a complex array, with a last axis for the two parts."""
     return array[..., None].view(array.real.dtype) if np.iscomplexobj(array) else array
+
+
+def zeros(state: dict[str, Any], name: str, like: Array) -> Array:
+    """Return an array of the state, made of zeros before the first step."""
+    if name not in state:
+        state[name] = np.zeros_like(like)
+    array: Array = state[name]
+    return array
 
 
 def check_at_least(low: float, **settings: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from distgrad.optim import _updates
 from distgrad.optim.optimizer import Array, Optimizer, Parameters, check_at_least
 
 __all__ = ["SGD"]
@@ -64,6 +65,9 @@ class SGD(Optimizer):
                 "maximize": maximize,
             },
         )
+
+    def _fused(self, group: dict[str, Any]) -> _updates.Update:
+        return _updates.sgd(group)
 
     def _update(
         self, data: Array, gradient: Array, state: dict[str, Any], group: dict[str, Any]
