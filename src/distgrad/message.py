@@ -33,6 +33,9 @@ __all__ = [
     "RRefUserDelete",
     "RemoteCall",
     "Reply",
+    "StepDecide",
+    "StepPrepare",
+    "StepQuestion",
     "code_of",
 ]
 
@@ -196,6 +199,35 @@ class JoinContext(NamedTuple):
     """
 
 
+class StepPrepare(NamedTuple):
+    """Compute a step of a distributed optimizer aside; answered by whether that was possible.
+
+    The sender is the first of ``line``; the owners of parameters follow, by id.
+    """
+
+    step: int
+    optimizer: int  # names the optimizer on all its owners
+    line: tuple[int, ...]
+    context_id: int  # of the gradients
+    settings: tuple[dict[str, Any], ...]  # one dict a parameter group
+    mode: int  # see `distgrad.optim.steps`
+
+
+class StepDecide(NamedTuple):
+    """Apply a step that all owners have prepared, or drop it."""
+
+    step: int
+    commit: bool
+
+
+class StepQuestion(NamedTuple):
+    """Asks what the receiver knows of a step whose coordinator is lost to the sender."""
+
+    step: int
+    optimizer: int
+    line: tuple[int, ...]
+
+
 #: Code on the wire to class. Codes are never reused; 0 is invalid.
 KINDS: dict[int, type] = {
     1: Call,
@@ -219,6 +251,9 @@ KINDS: dict[int, type] = {
     36: PassAbort,
     37: CleanupContext,
     38: JoinContext,
+    48: StepPrepare,
+    49: StepDecide,
+    50: StepQuestion,
 }
 
 _CODES = {cls: code for code, cls in KINDS.items()}

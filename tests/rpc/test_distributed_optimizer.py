@@ -15,6 +15,7 @@ from distgrad import rpc
 from distgrad._core import Tensor
 from distgrad.errors import ContextError, DistgradError
 from distgrad.optim import SGD, Adam, DistributedOptimizer, Optimizer
+from distgrad.optim.steps import TRY
 from distgrad.testing import World
 
 PATIENCE_S = 20.0
@@ -170,6 +171,7 @@ def test_steps_of_many_workers_at_once_are_all_applied(world: World) -> None:
         optimizer = DistributedOptimizer(SGD, rrefs, lr=1.0)
         for _ in range(8):
             train(optimizer, {(owner, "w"): [-1.0] * 3 for owner in (1, 2, 3)})
+        optimizer.wait()
 
     world.run(body)
     for owner in (1, 2, 3):
@@ -182,35 +184,21 @@ def get_weight(name: str) -> Any:
     return rpc.RRef(weights[rpc.get_worker_info().id, name])
 
 
-def test_step_of_a_lost_coordinator_is_aborted(world: World) -> None:
+def test_step_of_a_lost_coordinator_is_dropped(world: World) -> None:
     def begin() -> None:
-        rref = rpc.rpc_sync(1, make_weight, ("w", [1.0]))
-        optimizer = DistributedOptimizer(SGD, [rref], lr=0.5)
+        rrefs = [rpc.rpc_sync(owner, make_weight, ("w", [1.0])) for owner in (1, 3)]
+        optimizer = DistributedOptimizer(SGD, rrefs, lr=0.5)
         with dist_autograd.context() as context_id:
-            product = rpc.rpc_sync(1, scale, ("w", Tensor(np.ones(1))))
-            dist_autograd.backward(context_id, [product.sum()])
-            step = rpc.current_worker().agent.new_id()
-            assert optimizer._prepare_at_once(step, context_id)
+            products = [rpc.rpc_sync(o, scale, ("w", Tensor(np.ones(1)))) for o in (1, 3)]
+            dist_autograd.backward(context_id, [product.sum() for product in products])
+            for owner in ("worker1", "worker3"):
+                assert optimizer._request(owner, 77, int(context_id), TRY).wait()
 
     on(world, 2, begin)
-    assert steps_at(world, 1) == 2
+    assert [steps_at(world, rank) for rank in (1, 3)] == [2, 2]
     world.kill(2)
-    wait_until(lambda: steps_at(world, 1) == 0)
-    assert weights[1, "w"].item() == 1.0
-
-
-def test_step_prepared_late_for_an_abort_is_refused(world: World) -> None:
-    def body() -> None:
-        rref = rpc.rpc_sync(1, make_weight, ("w", [1.0]))
-        optimizer = DistributedOptimizer(SGD, [rref], lr=0.5)
-        part = optimizer._parts["worker1"].rpc_sync()
-        part.abort(77)
-        with pytest.raises(DistgradError, match="it was aborted"):
-            part.prepare(77, 0, optimizer._settings(), True)
-        with pytest.raises(DistgradError, match="not prepared here"):
-            part.commit(77)
-
-    on(world, 0, body)
+    wait_until(lambda: [steps_at(world, rank) for rank in (1, 3)] == [0, 0])
+    assert [weights[owner, "w"].item() for owner in (1, 3)] == [1.0, 1.0]
 
 
 def test_step_outside_of_a_context_is_refused(world: World) -> None:

@@ -34,7 +34,8 @@ __all__ = [
 
 def install(worker: Worker) -> None:
     """Let a worker take part in distributed steps; rpc calls this when a worker starts."""
-    from distgrad.optim.part import StepTable
+    from distgrad.optim import part  # noqa: F401  (exposes what distributed optimizers call)
+    from distgrad.optim.steps import StepTable
 
     worker.extensions["optim"] = StepTable(worker)
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import sqrt
+import threading
+from collections.abc import Callable, Sequence
+from math import inf, sqrt
 from typing import Any
 
 from distgrad import autograd
 from distgrad.errors import DistgradError
+from distgrad.message import StepPrepare
 from distgrad.optim.optimizer import Optimizer
 from distgrad.optim.part import OptimizerPart
-from distgrad.rpc import Future, current_worker, remote
+from distgrad.optim.steps import HOGWILD, TRY, WAIT, StepTable
+from distgrad.rpc import UNSET_RPC_TIMEOUT, Future, current_worker, remote
+from distgrad.rpc.calls import allowed_timeout
 from distgrad.rpc.exposure import name_of
 from distgrad.rref import RRef
 
@@ -21,8 +25,8 @@ class DistributedOptimizer:
     """Updates parameters where they live, from the gradients of an autograd context.
 
     Each owner of parameters gets one optimizer. A step changes all parameters on all
-    owners, or none: the owners first compute the new values aside, and apply them only
-    after all have succeeded. Steps of several optimizers over the same parameters, from
+    owners that live, or none: the owners first compute the new values aside, and apply them
+    only after all have succeeded. Steps of several optimizers over the same parameters, from
     any workers, are applied one after another, parameter by parameter.
 
     Parameters
@@ -32,6 +36,9 @@ class DistributedOptimizer:
     params_rref
         RRefs to leaf tensors, on any workers; or dicts with RRefs under ``"params"`` and
         settings, one a parameter group.
+    hogwild
+        Do without all that: every owner steps at once, in place, whatever others do to the
+        parameters meanwhile and whether or not the other owners can.
     args, kwargs
         Further arguments of the class.
 
@@ -54,13 +61,25 @@ class DistributedOptimizer:
         optimizer_class: type[Optimizer],
         params_rref: Sequence[RRef] | Sequence[dict[str, Any]],
         *args: Any,
+        hogwild: bool = False,
         **kwargs: Any,
     ) -> None:
         groups = _as_groups(params_rref)
+        self._worker = current_worker()
+        self._steps: StepTable = self._worker.extensions["optim"]
+        self._number = self._worker.agent.new_id()
+        self._steps.coordinated[self._number] = self
+        self._stepping = threading.Lock()  # one step at a time
+        self._hogwild = hogwild
         owners = sorted({rref.owner() for group in groups for rref in group["params"]}, key=_id)
+        self._owners = {owner.name: owner.id for owner in owners}
+        others = [owner.id for owner in owners if owner.id != self._worker.id]
+        self._line = (self._worker.id, *others)
         name = name_of(optimizer_class)
         self._parts = {
-            owner.name: remote(owner, OptimizerPart, (name, _only(groups, owner.id), args, kwargs))
+            owner.name: remote(
+                owner, OptimizerPart, (self._number, name, _only(groups, owner.id), args, kwargs)
+            )
             for owner in owners
         }
         settings = self._ask_all("make an optimizer", "settings")
@@ -72,7 +91,9 @@ class DistributedOptimizer:
     def step(self, context_id: int) -> None:
         """Apply the gradients of a context, on all owners or on none.
 
-        Parameters that got no gradient in the context stay as they are.
+        Parameters that got no gradient in the context stay as they are. What this worker asks
+        an owner afterwards finds the new values; other workers find them as soon as the owner
+        knows that all have succeeded, see `wait`.
 
         Parameters
         ----------
@@ -84,16 +105,25 @@ class DistributedOptimizer:
         ContextError
             If it is not.
         DistgradError
-            If an owner failed; names it, and its cause is the original exception. No
-            parameter was changed, unless an owner was lost or fell silent between the
-            phases: then the others have stepped, and the error says so.
+            If an owner failed or is lost; names it, and its cause is the original exception.
+            No parameter was changed anywhere, unless ``hogwild`` was asked for.
         """
         autograd.retrieve_context(context_id)
-        step = current_worker().agent.new_id()
-        if not self._prepare_at_once(step, context_id):
-            step = current_worker().agent.new_id()
-            self._prepare_in_turn(step, context_id)
-        self._commit(step)
+        with self._stepping:
+            if self._hogwild:
+                self._step_at_once(int(context_id))
+            elif len(self._owners) == 1 or not self._attempt(int(context_id), TRY):
+                self._attempt(int(context_id), WAIT)
+
+    def wait(self) -> None:
+        """Wait until every owner has applied the steps that were made so far.
+
+        Raises
+        ------
+        DistgradError
+            If an owner is lost; names it.
+        """
+        self._ask_all("wait", "settings")
 
     def clip_grad_norm_(self, context_id: int, max_norm: float) -> float:
         """Scale the gradients of a context down to a norm, over all parameters together.
@@ -101,11 +131,11 @@ class DistributedOptimizer:
         Returns
         -------
         float
-            The Euclidean norm before.
+            The Euclidean norm before. If it is not finite, the gradients stay as they are.
         """
         squares = self._ask_all("clip", "square_of_gradients", int(context_id))
         norm = sqrt(sum(squares.values()))
-        if norm > max_norm:
+        if max_norm < norm < inf:
             self._ask_all("clip", "scale_gradients", int(context_id), max_norm / norm)
         return norm
 
@@ -133,56 +163,75 @@ class DistributedOptimizer:
         ):
             group.update({k: v for k, v in loaded.items() if k != "params"})
 
-    # --- the two phases ------------------------------------------------------------------
+    # --- a step ----------------------------------------------------------------------------
 
-    def _prepare_at_once(self, step: int, context_id: int) -> bool:
-        """Prepare on all owners in parallel; False if another step was in the way of one."""
-        settings = self._settings()
-        answers = {
-            owner: self._ask(owner, "prepare", step, int(context_id), settings, False)
-            for owner in self._parts
-        }
-        prepared = self._prepared_or_abort(step, answers)
-        if not all(prepared.values()):
-            self._abort(step, [owner for owner, done in prepared.items() if done])
-            return False
-        return True
+    def _attempt(self, context_id: int, mode: int) -> bool:
+        """Prepare a step on all owners, and decide; False if another step was in the way."""
+        step, prepared = self._worker.agent.new_id(), False
+        self._steps.begin(step, self._number, self._line)
+        try:
+            prepare = self._prepare_in_turn if mode == WAIT else self._prepare_at_once
+            answers = prepare(lambda owner: self._request(owner, step, context_id, mode))
+            self._raise_failure(answers, "so no parameter was changed anywhere")
+            prepared = all(answer.result() for answer in answers.values())
+        finally:
+            # From here on the step has happened, or not, whoever is lost (docs/protocol/step.md).
+            self._steps.decide(step, prepared)
+            for owner in self._line[1:]:
+                self._steps.tell(owner, step, prepared)
+        return prepared
 
-    def _prepare_in_turn(self, step: int, context_id: int) -> None:
-        """Prepare on one owner after another, in the order in which all steps take turns.
+    def _prepare_at_once(self, request: Callable[[str], Future]) -> dict[str, Future]:
+        """Ask all owners in parallel; this worker does its own part meanwhile."""
+        here = [owner for owner, worker in self._owners.items() if worker == self._worker.id]
+        order = [owner for owner in self._owners if owner not in here] + here
+        return {owner: request(owner) for owner in order}
+
+    def _prepare_in_turn(self, request: Callable[[str], Future]) -> dict[str, Future]:
+        """Ask one owner after another, in the order in which all steps take turns.
 
         A step waits only for steps that wait for nobody before it, so none waits for ever.
         """
-        settings, answers = self._settings(), {}
-        for owner in self._parts:
-            answers[owner] = self._ask(owner, "prepare", step, int(context_id), settings, True)
-            self._prepared_or_abort(step, answers)
+        answers = {}
+        for owner in self._owners:
+            answers[owner] = request(owner)
+            if answers[owner].exception() is not None:
+                break
+        return answers
 
-    def _prepared_or_abort(self, step: int, answers: dict[str, Future]) -> dict[str, bool]:
-        failures = _failures(answers)
-        if failures:
-            # An owner that has answered with an error keeps nothing of the step.
-            self._abort(step, [o for o in answers if not hasattr(failures.get(o), "workers")])
-            owner, error = next(iter(failures.items()))
+    def _step_at_once(self, context_id: int) -> None:
+        step = self._worker.agent.new_id()
+        answers = self._prepare_at_once(lambda o: self._request(o, step, context_id, HOGWILD))
+        self._raise_failure(answers, "and others may have stepped")
+
+    def _request(self, owner: str, step: int, context_id: int, mode: int) -> Future:
+        """Ask an owner to prepare; the future fails also if it cannot be asked."""
+        settings = tuple(
+            {k: v for k, v in group.items() if k != "params"} for group in self.param_groups
+        )
+        try:
+            if self._owners[owner] == self._worker.id:
+                done = self._steps.prepare(step, self._number, context_id, settings, mode)
+                if isinstance(done, Future):
+                    return done
+                answer = Future(agent=self._worker.agent)
+                answer.set_result(done)
+                return answer
+            body = StepPrepare(step, self._number, self._line, context_id, settings, mode)
+            timeout = allowed_timeout(self._worker, UNSET_RPC_TIMEOUT, "a step")
+            return self._worker.request(
+                self._owners[owner], body, timeout=timeout, what="a step of an optimizer"
+            )
+        except Exception as error:
+            failed = Future(agent=self._worker.agent)
+            failed.set_exception(error)
+            return failed
+
+    def _raise_failure(self, answers: dict[str, Future], consequence: str) -> None:
+        for owner, error in _failures(answers).items():
             raise DistgradError(
-                f"cannot step: the optimizer on worker {owner!r} failed, so no parameter was "
-                f"changed anywhere: {error}"
+                f"cannot step: the optimizer on worker {owner!r} failed, {consequence}: {error}"
             ) from error
-        return {owner: answer.result() for owner, answer in answers.items()}
-
-    def _abort(self, step: int, owners: Sequence[str]) -> None:
-        answers = {owner: self._ask(owner, "abort", step) for owner in owners}
-        _failures(answers)  # only waits: a lost owner has nothing to abort
-
-    def _commit(self, step: int) -> None:
-        failures = _failures({owner: self._ask(owner, "commit", step) for owner in self._parts})
-        if failures:
-            owner, cause = next(iter(failures.items()))
-            stepped = sorted(self._parts.keys() - failures.keys())
-            raise DistgradError(
-                f"cannot finish a step on worker {owner!r}, after all had prepared it: {cause}",
-                detail=f"stepped: {', '.join(stepped) or 'none'}",
-            ) from cause
 
     # --- all owners ----------------------------------------------------------------------
 
@@ -198,9 +247,6 @@ class DistributedOptimizer:
             answer = Future()
             answer.set_exception(error)
         return answer
-
-    def _settings(self) -> list[dict[str, Any]]:
-        return [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
 
 
 def _failures(answers: dict[str, Future]) -> dict[str, BaseException]:

@@ -1,0 +1,378 @@
+# cython: auto_pickle=False, autotestdict=False
+"""Fused steps of optimizers: each parameter in one pass over its memory, without temporaries.
+
+U1  What is done here has the bits of the formulas in ``Optimizer._update``, and is done for
+    contiguous arrays of float32 and float64; everything else is left to those.
+U2  A step in place writes the parameter and its state. A prepared step writes spare arrays
+    and exchanges them when it is committed; what was exchanged is the spare of the next one.
+U3  A spare is written only if nobody else can see it: one reference, its own memory.
+"""
+
+cimport cython
+cimport numpy as cnp
+from cpython.dict cimport PyDict_GetItemWithError
+from cpython.object cimport PyObject
+from libc.math cimport pow, sqrt
+from libc.string cimport memset
+
+from distgrad.graph._kernels cimport UNLOCKED, is_loopable
+from distgrad.graph._node cimport TensorBase, mark_written
+
+import numpy as np
+
+cnp.import_array()
+
+cdef extern from "Python.h":
+    Py_ssize_t Py_REFCNT(PyObject *)
+    PyObject *PyTuple_GET_ITEM(tuple, Py_ssize_t)
+
+cdef extern from "optim/kernels.h" nogil:
+    void dg_sgd_f64(Py_ssize_t, double **, double **, const double *, const Rates *) noexcept
+    void dg_sgd_f32(Py_ssize_t, float **, float **, const float *, const Rates *) noexcept
+    void dg_momentum_f64(Py_ssize_t, double **, double **, const double *, const Rates *) noexcept
+    void dg_momentum_f32(Py_ssize_t, float **, float **, const float *, const Rates *) noexcept
+    void dg_adam_f64(Py_ssize_t, double **, double **, const double *, const Rates *) noexcept
+    void dg_adam_f32(Py_ssize_t, float **, float **, const float *, const Rates *) noexcept
+    void dg_adagrad_f64(Py_ssize_t, double **, double **, const double *, const Rates *) noexcept
+    void dg_adagrad_f32(Py_ssize_t, float **, float **, const float *, const Rates *) noexcept
+    void dg_rmsprop_f64(Py_ssize_t, double **, double **, const double *, const Rates *) noexcept
+    void dg_rmsprop_f32(Py_ssize_t, float **, float **, const float *, const Rates *) noexcept
+    void dg_adadelta_f64(Py_ssize_t, double **, double **, const double *, const Rates *) noexcept
+    void dg_adadelta_f32(Py_ssize_t, float **, float **, const float *, const Rates *) noexcept
+    void dg_adamax_f64(Py_ssize_t, double **, double **, const double *, const Rates *) noexcept
+    void dg_adamax_f32(Py_ssize_t, float **, float **, const float *, const Rates *) noexcept
+    void dg_rprop_f64(Py_ssize_t, double **, double **, const double *, const Rates *) noexcept
+    void dg_rprop_f32(Py_ssize_t, float **, float **, const float *, const Rates *) noexcept
+
+
+@cython.final
+cdef class Update:
+    """The kernel of an optimizer with the settings of one group."""
+
+    cdef int set_step(self, long step) except -1:
+        """Bring up to date what depends on how many steps a parameter has made."""
+        if step == self.step:
+            return 0
+        self.step = step
+        self.rates.lr = self.lr / (1.0 + (step - 1) * self.lr_decay)
+        if self.corrects:
+            self.rates.lr = self.lr / (1.0 - pow(self.beta, step))
+            self.rates.scale = sqrt(1.0 - pow(self.beta2, step))
+        return 0
+
+    cdef bint apply(self, cnp.ndarray data, object gradient, dict state,
+                    cnp.ndarray target, dict fresh) except -1:
+        """Step from ``data`` and ``state`` to ``target`` and ``fresh``, which may be the same.
+
+        Returns
+        -------
+        bool
+            Whether the kernel takes such arrays; if not, neither parameter nor state changed.
+        """
+        cdef void *source[MOST_ARRAYS]
+        cdef void *sink[MOST_ARRAYS]
+        cdef Py_ssize_t n = cnp.PyArray_SIZE(data)
+        cdef Py_ssize_t i = 0
+        cdef long step
+        cdef cnp.ndarray old, new
+        if not (is_loopable(data) and is_like(gradient, data) and cnp.PyArray_ISWRITEABLE(target)
+                and len(state) in (0, len(self.names) + self.counts)):
+            return False
+        memset(source, 0, sizeof(source))
+        memset(sink, 0, sizeof(sink))
+        source[0] = cnp.PyArray_DATA(data)
+        sink[0] = cnp.PyArray_DATA(target)
+        self.rates.first = False
+        for name in self.names:
+            i += 1
+            found = state.get(name)
+            if found is None:
+                found = self.first(data, i)
+                new = fresh[name] = found
+                self.rates.first = True
+            elif not is_like(found, data):
+                return False
+            else:
+                new = writable(fresh, name, found)
+            old = found
+            source[i] = cnp.PyArray_DATA(old)
+            sink[i] = cnp.PyArray_DATA(new)
+        step = state.get("step", 0) + 1 if self.counts else 1
+        self.set_step(step)
+        self.run(cnp.PyArray_TYPE(data), n, source, sink, cnp.PyArray_DATA(<cnp.ndarray>gradient))
+        if self.counts:
+            fresh["step"] = step
+        return True
+
+    cdef object first(self, cnp.ndarray data, Py_ssize_t number):
+        """Return an array of the state as it is before the first step."""
+        if number == len(self.names):
+            return np.full_like(data, self.fill)
+        return np.zeros_like(data)
+
+    cdef int run(self, int typenum, Py_ssize_t n, void **source, void **sink,
+                 const void *gradient) except -1:
+        cdef Rates rates = self.rates   # another thread may set the step meanwhile
+        if n < UNLOCKED:
+            self.launch(typenum, n, source, sink, gradient, &rates)
+        else:
+            with nogil:
+                self.launch(typenum, n, source, sink, gradient, &rates)
+        return 0
+
+    cdef void launch(self, int typenum, Py_ssize_t n, void **source, void **sink,
+                     const void *gradient, const Rates *rates) noexcept nogil:
+        if typenum == cnp.NPY_FLOAT64:
+            self.run64(n, <double **>source, <double **>sink, <const double *>gradient, rates)
+        else:
+            self.run32(n, <float **>source, <float **>sink, <const float *>gradient, rates)
+
+
+cdef inline bint is_like(object array, cnp.ndarray data) noexcept:
+    """A contiguous array of the dtype and shape of the parameter."""
+    cdef int i, ndim = cnp.PyArray_NDIM(data)
+    if not (is_loopable(array) and cnp.PyArray_NDIM(<cnp.ndarray>array) == ndim
+            and cnp.PyArray_TYPE(<cnp.ndarray>array) == cnp.PyArray_TYPE(data)):
+        return False
+    for i in range(ndim):
+        if cnp.PyArray_DIM(<cnp.ndarray>array, i) != cnp.PyArray_DIM(data, i):
+            return False
+    return True
+
+
+cdef object writable(dict fresh, str name, cnp.ndarray old):
+    """Return where a new value goes: the old array itself, a spare, or a new array."""
+    cdef PyObject *found = PyDict_GetItemWithError(fresh, name)
+    if found == <PyObject *>old:
+        return old
+    if found == NULL or not is_spare(found, old):
+        fresh[name] = empty_like(old)
+        return fresh[name]
+    return <object>found
+
+
+cdef bint is_spare(PyObject *array, cnp.ndarray like) noexcept:
+    """Whether an array, of which the caller has one uncounted reference, may be written (U3)."""
+    return (
+        Py_REFCNT(array) == 1
+        and is_like(<object>array, like)
+        and cnp.PyArray_BASE(<cnp.ndarray>array) == NULL
+        and cnp.PyArray_CHKFLAGS(
+            <cnp.ndarray>array, cnp.NPY_ARRAY_OWNDATA | cnp.NPY_ARRAY_WRITEABLE)
+    )
+
+
+# --- the parameters of a group --------------------------------------------------------------
+
+def step_in_place(Update update, params, gradients, dict states not None):
+    """Step the parameters that have gradients.
+
+    Parameters
+    ----------
+    update
+        What to do; None does nothing.
+    params
+        The parameters of a group.
+    gradients
+        Parameter to gradient, or None for ``.grad``.
+    states
+        Parameter to its state.
+
+    Returns
+    -------
+    list
+        Parameter and gradient where there is one and no kernel for it: nothing was done there.
+    """
+    cdef TensorBase param
+    cdef list left = []
+    for param in params:
+        gradient = param.gradient if gradients is None else gradients.get(param)
+        if gradient is None:
+            continue
+        state = states.get(param)
+        if state is None:
+            state = {}
+        if update is not None and update.apply(
+                param.array, array_of(gradient), state, param.array, state):
+            mark_written(param, "step")
+            states[param] = state
+        else:
+            left.append((param, gradient))
+    return left
+
+
+def step_aside(Update update, params, gradients, dict states not None, dict spares not None,
+               list outcomes not None):
+    """Compute the step of the parameters that have gradients, and change none.
+
+    Parameters
+    ----------
+    update, params, gradients, states
+        See `step_in_place`.
+    spares
+        Parameter to array and state that may be written; what is used is taken out.
+    outcomes
+        Gets parameter, new array and new state.
+
+    Returns
+    -------
+    list
+        See `step_in_place`.
+    """
+    cdef TensorBase param
+    cdef list left = []
+    cdef tuple spare
+    cdef dict fresh
+    for param in params:
+        gradient = param.gradient if gradients is None else gradients.get(param)
+        if gradient is None:
+            continue
+        if update is None or not is_loopable(param.array):
+            left.append((param, gradient))
+            continue
+        spare = spares.pop(param, None)
+        target, fresh = taken(spare, param.array)
+        spare = None
+        if update.apply(param.array, array_of(gradient), states.get(param) or {}, target, fresh):
+            outcomes.append((param, target, fresh))
+        else:
+            left.append((param, gradient))
+    return left
+
+
+def exchange(list outcomes not None, dict states not None, dict spares not None):
+    """Put prepared values in the place of the old ones, which become spares.
+
+    Arrays are exchanged, not written: whoever reads a parameter meanwhile sees all of the
+    old values or all of the new ones.
+    """
+    cdef TensorBase param
+    cdef cnp.ndarray old
+    for param, target, fresh in outcomes:
+        old = param.array
+        mark_written(param, "step")
+        param.array = target
+        spares[param] = (old, states.get(param) or {})
+        states[param] = fresh
+    outcomes.clear()
+
+
+cdef tuple taken(tuple spare, cnp.ndarray like):
+    """Return array and state to write, from a spare that nothing else refers to but the caller."""
+    cdef dict fresh = {}
+    cdef PyObject *item
+    if spare is not None:
+        item = PyTuple_GET_ITEM(spare, 1)
+        if Py_REFCNT(item) == 1:
+            fresh = <dict>item
+        item = PyTuple_GET_ITEM(spare, 0)
+        if is_spare(item, like):
+            return <object>item, fresh
+    return empty_like(like), fresh
+
+
+cdef inline object empty_like(cnp.ndarray array):
+    return cnp.PyArray_SimpleNew(
+        cnp.PyArray_NDIM(array), cnp.PyArray_DIMS(array), cnp.PyArray_TYPE(array))
+
+
+cdef inline object array_of(object gradient):
+    return (<TensorBase>gradient).array if isinstance(gradient, TensorBase) else gradient
+
+
+# --- the optimizers -----------------------------------------------------------------------------
+
+cdef Update new_update(Kernel64 run64, Kernel32 run32, tuple names, dict group):
+    cdef Update update = Update.__new__(Update)
+    update.run64 = run64
+    update.run32 = run32
+    update.names = names
+    update.lr = group["lr"]
+    update.rates.maximize = group["maximize"]
+    update.rates.decay = group.get("weight_decay", 0.0)
+    update.rates.eps = group.get("eps", 0.0)
+    return update
+
+
+def sgd(dict group not None):
+    """Return the update of `distgrad.optim.SGD`."""
+    cdef Update update
+    if not group["momentum"]:
+        return new_update(dg_sgd_f64, dg_sgd_f32, (), group)
+    update = new_update(dg_momentum_f64, dg_momentum_f32, ("velocity",), group)
+    update.rates.keep = group["momentum"]
+    update.rates.take = 1 - group["dampening"]
+    update.rates.nesterov = group["nesterov"]
+    return update
+
+
+def adam(dict group not None, bint decoupled):
+    """Return the update of `distgrad.optim.Adam`, or of `AdamW`."""
+    names = ("mean", "square", "largest_square") if group["amsgrad"] else ("mean", "square")
+    cdef Update update = new_update(dg_adam_f64, dg_adam_f32, names, group)
+    take_betas(update, group)
+    update.rates.rest = 1.0
+    if decoupled:
+        if group["weight_decay"]:
+            update.rates.rest = 1 - group["lr"] * group["weight_decay"]
+        update.rates.decay = 0.0
+    return update
+
+
+def adamax(dict group not None):
+    """Return the update of `distgrad.optim.Adamax`."""
+    cdef Update update = new_update(dg_adamax_f64, dg_adamax_f32, ("mean", "norm"), group)
+    take_betas(update, group)
+    return update
+
+
+cdef int take_betas(Update update, dict group) except -1:
+    update.beta, update.beta2 = group["betas"]
+    update.rates.keep = update.beta
+    update.rates.take = 1 - update.beta
+    update.rates.keep2 = update.beta2
+    update.rates.take2 = 1 - update.beta2
+    update.corrects = update.counts = True
+    return 0
+
+
+def adagrad(dict group not None):
+    """Return the update of `distgrad.optim.Adagrad`."""
+    cdef Update update = new_update(dg_adagrad_f64, dg_adagrad_f32, ("sum",), group)
+    update.fill = group["initial_accumulator_value"]
+    update.lr_decay = group["lr_decay"]
+    update.counts = True
+    return update
+
+
+def rmsprop(dict group not None):
+    """Return the update of `distgrad.optim.RMSprop`."""
+    centered, momentum = group["centered"], group["momentum"]
+    names = ("square",) + ("mean",) * bool(centered) + ("velocity",) * bool(momentum)
+    cdef Update update = new_update(dg_rmsprop_f64, dg_rmsprop_f32, names, group)
+    update.rates.keep = group["alpha"]
+    update.rates.take = 1 - group["alpha"]
+    update.rates.keep2 = momentum
+    update.rates.centered = centered
+    update.counts = True
+    return update
+
+
+def adadelta(dict group not None):
+    """Return the update of `distgrad.optim.Adadelta`."""
+    cdef Update update = new_update(
+        dg_adadelta_f64, dg_adadelta_f32, ("square", "moved"), group)
+    update.rates.keep = group["rho"]
+    update.rates.take = 1 - group["rho"]
+    update.counts = True
+    return update
+
+
+def rprop(dict group not None):
+    """Return the update of `distgrad.optim.Rprop`."""
+    cdef Update update = new_update(dg_rprop_f64, dg_rprop_f32, ("previous", "size"), group)
+    update.rates.low, update.rates.high = group["etas"]
+    update.rates.least, update.rates.most = group["step_sizes"]
+    update.fill = group["lr"]
+    update.counts = True
+    return update
