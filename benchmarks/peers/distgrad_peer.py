@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import measure
 import numpy as np
 
 import distgrad as dg
 from distgrad import autograd as dist_autograd
-from distgrad import rpc
+from distgrad import optim, rpc
 
 FLOATS_16MB = 4 * 2**20
+PARAMETERS = 100  # of the optimizers, half of them on each worker
+
+weights = [dg.ones(64, dtype=np.float32, requires_grad=True) for _ in range(PARAMETERS // 2)]
 
 
 @rpc.expose
@@ -38,6 +43,28 @@ def chain(value, hops):
     return value if hops == 0 else rpc.rpc_sync(other, chain, args=(value, hops - 1))
 
 
+@rpc.expose
+class Counter:
+    """A value with a method, and state."""
+
+    def __init__(self):
+        self.value = 0
+
+    def add(self, amount):
+        self.value += amount
+        return self.value
+
+
+@rpc.expose
+def refer_to_weights():
+    return [rpc.RRef(weight) for weight in weights]
+
+
+@rpc.expose
+def sum_weights():
+    return sum(weight.sum() for weight in weights)
+
+
 def join(name: str, transport: str, folder: str) -> None:
     options = rpc.RpcBackendOptions(init_method=f"file://{folder}/meeting", secret="benchmark")
     rank = ("client", "server").index(name)
@@ -55,10 +82,29 @@ class DistgradPeer(measure.Peer):
         self.large = dg.zeros(FLOATS_16MB, dtype=np.float32)
         self.larger = dg.zeros(4 * FLOATS_16MB, dtype=np.float32)
         self.large_leaf = dg.ones(FLOATS_16MB, dtype=np.float32, requires_grad=True)
+        self.counter = rpc.remote("server", Counter)
+        self.optimizers: dict[str, optim.DistributedOptimizer] = {}
+        self.context_id = 0
         for _ in range(100):  # all connections are made before the harness stops us
             self.time_noop()
 
+    @contextlib.contextmanager
+    def awake(self, case: str) -> Iterator[None]:
+        if not case.startswith("step_"):
+            yield
+            return
+        if case not in self.optimizers:
+            kind = {"step_sgd_100": optim.SGD, "step_adam_100": optim.Adam}[case]
+            rrefs = refer_to_weights() + rpc.rpc_sync("server", refer_to_weights)
+            self.optimizers[case] = optim.DistributedOptimizer(kind, rrefs, lr=1e-6)
+        with dist_autograd.context() as self.context_id:
+            loss = sum_weights() + rpc.rpc_sync("server", sum_weights)
+            dist_autograd.backward(self.context_id, [loss])
+            yield
+
     def close(self) -> None:
+        self.optimizers.clear()
+        del self.counter
         rpc.shutdown()
         self.server.wait(30)
         self.folder.cleanup()
@@ -86,6 +132,15 @@ class DistgradPeer(measure.Peer):
 
     def time_remote_to_here(self) -> None:
         rpc.remote("server", echo, args=(self.small,)).to_here()
+
+    def time_proxy_call(self) -> None:
+        self.counter.rpc_sync().add(1)
+
+    def time_step_sgd_100(self) -> None:
+        self.optimizers["step_sgd_100"].step(self.context_id)
+
+    def time_step_adam_100(self) -> None:
+        self.optimizers["step_adam_100"].step(self.context_id)
 
     def time_backward_call(self) -> None:
         with dist_autograd.context() as context_id:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import measure
 
 FLOATS_16MB = 4 * 2**20
+PARAMETERS = 100  # of the optimizers, half of them on each worker
 
 
 def noop():
@@ -29,6 +33,34 @@ def chain(value, hops):
     other = "client" if rpc.get_worker_info().name == "server" else "server"
     value = value * 1.01
     return value if hops == 0 else rpc.rpc_sync(other, chain, args=(value, hops - 1))
+
+
+class Counter:
+    """A value with a method, and state."""
+
+    def __init__(self):
+        self.value = 0
+
+    def add(self, amount):
+        self.value += amount
+        return self.value
+
+
+@functools.cache
+def weights():
+    import torch
+
+    return [torch.ones(64, requires_grad=True) for _ in range(PARAMETERS // 2)]
+
+
+def refer_to_weights():
+    from torch.distributed import rpc
+
+    return [rpc.RRef(weight) for weight in weights()]
+
+
+def sum_weights():
+    return sum(weight.sum() for weight in weights())
 
 
 def join(name: str, folder: str) -> None:
@@ -55,9 +87,31 @@ class TorchPeer(measure.Peer):
         self.large = torch.zeros(FLOATS_16MB)
         self.larger = torch.zeros(4 * FLOATS_16MB)
         self.large_leaf = torch.ones(FLOATS_16MB, requires_grad=True)
+        self.counter = rpc.remote("server", Counter)
+        self.optimizers = {}
+        self.context_id = 0
         self.time_noop()
 
+    @contextlib.contextmanager
+    def awake(self, case: str) -> Iterator[None]:
+        if not case.startswith("step_"):
+            yield
+            return
+        if case not in self.optimizers:
+            from torch import optim
+            from torch.distributed.optim import DistributedOptimizer
+
+            kind = {"step_sgd_100": optim.SGD, "step_adam_100": optim.Adam}[case]
+            rrefs = refer_to_weights() + self.rpc.rpc_sync("server", refer_to_weights)
+            self.optimizers[case] = DistributedOptimizer(kind, rrefs, lr=1e-6)
+        with self.dist_autograd.context() as self.context_id:
+            loss = sum_weights() + self.rpc.rpc_sync("server", sum_weights)
+            self.dist_autograd.backward(self.context_id, [loss])
+            yield
+
     def close(self) -> None:
+        self.optimizers.clear()
+        del self.counter
         self.rpc.shutdown()
         self.server.wait(30)
         self.folder.cleanup()
@@ -85,6 +139,15 @@ class TorchPeer(measure.Peer):
 
     def time_remote_to_here(self) -> None:
         self.rpc.remote("server", echo, args=(self.small,)).to_here()
+
+    def time_proxy_call(self) -> None:
+        self.counter.rpc_sync().add(1)
+
+    def time_step_sgd_100(self) -> None:
+        self.optimizers["step_sgd_100"].step(self.context_id)
+
+    def time_step_adam_100(self) -> None:
+        self.optimizers["step_adam_100"].step(self.context_id)
 
     def time_backward_call(self) -> None:
         with self.dist_autograd.context() as context_id:
