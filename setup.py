@@ -1,8 +1,10 @@
-"""The extension table and the three build switches; all other metadata is in pyproject.toml.
+"""The extension table and the four build switches; all other metadata is in pyproject.toml.
 
 DISTGRAD_DEBUG=1    bounds checks, invariants and live-object books, -O0 -g
 DISTGRAD_PROFILE=1  frame pointers and symbols, for perf and py-spy --native
 DISTGRAD_TRACE=1    Cython line tracing, for line profiles and coverage
+DISTGRAD_SANITIZE=1 AddressSanitizer and UndefinedBehaviorSanitizer; instead of 1 also what the
+                    compiler's -fsanitize takes (tests/fuzz/README.md)
 """
 
 import os
@@ -48,10 +50,15 @@ def switched_on(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
 
 
-SWITCHES = ("DISTGRAD_DEBUG", "DISTGRAD_PROFILE", "DISTGRAD_TRACE")
-DEBUG, PROFILE, TRACE = map(switched_on, SWITCHES)
+SWITCHES = ("DISTGRAD_DEBUG", "DISTGRAD_PROFILE", "DISTGRAD_TRACE", "DISTGRAD_SANITIZE")
+DEBUG, PROFILE, TRACE, SANITIZE = map(switched_on, SWITCHES)
+SANITIZERS = os.environ.get("DISTGRAD_SANITIZE", "")
+if SANITIZERS == "1":
+    SANITIZERS = "address,undefined"
 # One folder a combination: only timestamps are compared, and switches leave none.
 BUILD = "build/" + ("-".join(filter(switched_on, SWITCHES)) or "release")
+if SANITIZE:
+    BUILD += "-" + SANITIZERS.replace(",", "-")
 
 directives = {
     "language_level": 3,
@@ -66,6 +73,7 @@ directives = {
 macros = [
     ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
     ("DISTGRAD_DEBUG", str(int(DEBUG))),
+    ("DISTGRAD_SANITIZE", str(int(SANITIZE))),
 ]
 if TRACE:
     macros += [("CYTHON_TRACE_NOGIL", "1"), ("CYTHON_USE_SYS_MONITORING", "0")]
@@ -73,6 +81,10 @@ flags = ["-O0", "-g"] if DEBUG else ["-O3"]
 flags += ["-ffp-contract=off"]  # results must not depend on the processor
 if PROFILE:
     flags += ["-g", "-fno-omit-frame-pointer"]
+links = []
+if SANITIZE:
+    links = [f"-fsanitize={SANITIZERS}"]
+    flags += ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", *links]
 
 setup(
     options={"build": {"build_base": BUILD}},
@@ -84,6 +96,7 @@ setup(
                 include_dirs=[numpy.get_include(), "src/distgrad"],
                 define_macros=macros,
                 extra_compile_args=flags,
+                extra_link_args=links,
             )
             for name, path in MODULES.items()
         ],

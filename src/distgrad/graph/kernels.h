@@ -1,5 +1,6 @@
 /* Loops over contiguous float arrays. With GCC and glibc on x86-64 each is compiled three
-   times and the loader picks the one for this processor; elsewhere it is plain C. The build
+   times and the loader picks the one for this processor (before a sanitizer has started, so
+   not under one); elsewhere it is plain C. The build
    switches contraction off, so that all of them round alike. */
 #ifndef DISTGRAD_GRAPH_KERNELS_H
 #define DISTGRAD_GRAPH_KERNELS_H
@@ -8,7 +9,8 @@
 #include <string.h>
 
 #define DG_CLONES static __attribute__((unused))
-#if defined(__has_attribute) && defined(__x86_64__) && defined(__GLIBC__) && !DISTGRAD_DEBUG
+#if defined(__has_attribute) && defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) \
+    && !DISTGRAD_DEBUG && !DISTGRAD_SANITIZE
 #if __has_attribute(target_clones)
 #undef DG_CLONES
 #define DG_CLONES static __attribute__((unused, noinline, target_clones("default", "avx2", "avx512f")))
