@@ -73,6 +73,18 @@ def test_codec_small_values_take_one_byte() -> None:
     assert meta_of("x" * 31)[0] == 0x9F
 
 
+@pytest.mark.parametrize("number", [np.longdouble(1.5), np.clongdouble(2 - 1j)], ids=repr)
+def test_codec_long_double_takes_nothing_along_that_lay_in_memory(number: Any) -> None:
+    """An x87 number has 80 bits in an item of 128."""
+    if np.finfo(np.longdouble).nmant != 63:
+        pytest.skip("long doubles have no holes here")
+    item = np.longdouble().itemsize
+    for _ in range(20):
+        np.full(number.itemsize, 0xAB, np.uint8)  # litter: NumPy uses its memory again
+        meta = frame_of(number).meta[-number.itemsize :]
+        assert all(not any(meta[at + 10 : at + item]) for at in range(0, len(meta), item))
+
+
 def test_codec_short_string_cache_never_mixes_strings_up() -> None:
     texts = [
         f"{prefix}{i}" for prefix in ("a", "abcdefgh", "abcdefghijklmnopqrs") for i in range(3000)

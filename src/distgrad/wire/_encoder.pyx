@@ -29,8 +29,12 @@ from libc.string cimport memcpy, memset
 
 cnp.import_array()
 
+cdef extern from "float.h":
+    int LDBL_MANT_DIG
+
 cdef enum:
     START_NBYTES = 1000    # first size of a block: within the fast bins of malloc
+    X87_NBYTES = 10        # of a number of 80 bits; a long double is larger
 
 cdef object generic = np.generic
 
@@ -626,4 +630,16 @@ cdef int put_scalar(Writer *w, object scalar) except -1:
     descend(w)
     put_dtype(w, array.descr, code)
     w.depth -= 1
-    return put_bytes(w, cnp.PyArray_DATA(array), cnp.PyArray_NBYTES(array))
+    put_bytes(w, cnp.PyArray_DATA(array), cnp.PyArray_NBYTES(array))
+    if array.descr.type_num == cnp.NPY_LONGDOUBLE or array.descr.type_num == cnp.NPY_CLONGDOUBLE:
+        clear_holes(w.cursor - cnp.PyArray_NBYTES(array), w.cursor)
+    return 0
+
+
+cdef void clear_holes(uint8_t *item, uint8_t *end) noexcept:
+    """Zero what an x87 number leaves of its bytes: whatever was in memory there."""
+    if LDBL_MANT_DIG != 64:
+        return
+    while item < end:
+        memset(item + X87_NBYTES, 0, sizeof(long double) - X87_NBYTES)
+        item += sizeof(long double)
