@@ -14,7 +14,7 @@ import numpy as np
 from distgrad import _codec
 from distgrad._core import Tensor
 from distgrad.config import config
-from distgrad.errors import SerializationError
+from distgrad.errors import GraphError, ProtocolError, SerializationError
 from distgrad.message import KINDS
 from distgrad.rpc._exchange import Session
 from distgrad.rpc.exposure import name_of
@@ -32,7 +32,10 @@ def _unwrap(tensor: Tensor, session: Session | None) -> tuple[np.ndarray, bool, 
 
 
 def _wrap(array: np.ndarray, requires_grad: bool, slot: int, session: Session | None) -> Tensor:
-    tensor = Tensor(array, requires_grad=requires_grad)
+    try:
+        tensor = Tensor(array, requires_grad=requires_grad)
+    except GraphError as error:  # no honest sender has such a tensor
+        raise ProtocolError(f"cannot decode message: {error}") from error
     if session is not None and requires_grad and slot == len(session.tensors):
         session.tensors.append(tensor)
     return tensor
