@@ -1,0 +1,77 @@
+// The fuzzer's end of a target: libFuzzer with a Python interpreter in it.
+//
+// Calls `one(data)` of the module tests/fuzz/target_<name>.py for each input, where an exception
+// is a finding, and `repair(data)` after each mutation, so that inputs get past lengths and
+// checksums. fuzz.py builds and starts it; DISTGRAD_FUZZ_* are its orders.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <csignal>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+extern "C" size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t most);
+
+namespace {
+
+PyObject *one, *repair;
+
+[[noreturn]] void give_up()
+{
+    PyErr_Print();
+    abort();  // with the input at hand, if there is one
+}
+
+void start_python()
+{
+    PyConfig config;
+    PyConfig_InitPythonConfig(&config);
+    config.install_signal_handlers = 0;  // libFuzzer has its own, but not for this one
+    signal(SIGPIPE, SIG_IGN);
+    // The interpreter of the environment that built this, so that its packages are found.
+    PyStatus status = PyConfig_SetBytesString(&config, &config.program_name,
+                                              getenv("DISTGRAD_FUZZ_PYTHON"));
+    if (!PyStatus_Exception(status))
+        status = Py_InitializeFromConfig(&config);
+    if (PyStatus_Exception(status))
+        Py_ExitStatusException(status);
+    PyConfig_Clear(&config);
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerInitialize(int *, char ***)
+{
+    start_python();
+    PyObject *target = PyImport_ImportModule(getenv("DISTGRAD_FUZZ_TARGET"));
+    if (!target || !(one = PyObject_GetAttrString(target, "one")) ||
+        !(repair = PyObject_GetAttrString(target, "repair")))
+        give_up();
+    return 0;
+}
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    PyObject *result = PyObject_CallFunction(one, "y#", (const char *)data, (Py_ssize_t)size);
+    if (!result)
+        give_up();
+    Py_DECREF(result);
+    return 0;
+}
+
+extern "C" size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned seed)
+{
+    size = LLVMFuzzerMutate(data, size, most);
+    if (seed % 16 == 0)
+        return size;  // damaged as it is
+    PyObject *result = PyObject_CallFunction(repair, "y#", (const char *)data, (Py_ssize_t)size);
+    char *bytes;
+    Py_ssize_t nbytes;
+    if (!result || PyBytes_AsStringAndSize(result, &bytes, &nbytes) < 0)
+        give_up();
+    size = (size_t)nbytes < most ? (size_t)nbytes : most;
+    memcpy(data, bytes, size);
+    Py_DECREF(result);
+    return size;
+}
