@@ -141,6 +141,9 @@ cdef Py_ssize_t ring_write(RingEnd *end, const iovec *pieces, int count) noexcep
     cdef uint64_t start = end.tail, room, at, nbytes, done
     cdef char *data
     cdef int i
+    # Not afterwards: a peer may read this message, answer it, and leave before we look.
+    if load32(&end.to_peer.asleep) == GONE and hung_up(end.fd):
+        return -EPIPE
     for i in range(count):
         data = <char*>pieces[i].iov_base
         done = 0
@@ -168,8 +171,6 @@ cdef Py_ssize_t ring_write(RingEnd *end, const iovec *pieces, int count) noexcep
         return -EPIPE if hung_up(end.fd) else -EAGAIN
     store64(&end.to_peer.tail, end.tail)
     ring_bell(end)
-    if load32(&end.to_peer.asleep) == GONE and hung_up(end.fd):
-        return -EPIPE
     return <Py_ssize_t>(end.tail - start)
 
 
