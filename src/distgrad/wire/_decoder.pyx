@@ -380,17 +380,22 @@ cdef Py_ssize_t read_shape(Reader *r, int ndim, cnp.npy_intp *dims) except -1:
     memcpy(dims, r.cursor, 8 * ndim)
     r.cursor += 8 * ndim
     for i in range(ndim):
-        if dims[i] < 0 or (dims[i] > 1 and size > (<Py_ssize_t>1 << 62) // dims[i]):
+        if dims[i] < 0 or overflows(size, dims[i]):
             raise malformed("the shape of an array overflows")
         if dims[i] > 1:
             size *= dims[i]
     return size
 
 
+cdef inline bint overflows(Py_ssize_t size, Py_ssize_t factor) noexcept:
+    """Whether a product is more than 2**62; a division only where it might be."""
+    return (size | factor) >> 31 != 0 and factor > 1 and size > (<Py_ssize_t>1 << 62) // factor
+
+
 cdef Py_ssize_t array_nbytes(
     Py_ssize_t size, Py_ssize_t itemsize, int ndim, const cnp.npy_intp *dims
 ) except -1:
-    if itemsize > 1 and size > (<Py_ssize_t>1 << 62) // itemsize:
+    if overflows(size, itemsize):
         raise malformed("the size of an array overflows")
     for i in range(ndim):
         if dims[i] == 0:
