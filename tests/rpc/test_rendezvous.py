@@ -8,9 +8,9 @@ import time
 import pytest
 
 from distgrad import rpc
-from distgrad.errors import AuthenticationError, RpcTimeoutError
+from distgrad.errors import AuthenticationError, RpcTimeoutError, WorkerLostError
 from distgrad.rpc.options import RpcBackendOptions
-from distgrad.rpc.rendezvous import find_place
+from distgrad.rpc.rendezvous import find_place, meet
 from distgrad.rpc.store import FileStore, MemoryStore
 from distgrad.testing import World
 
@@ -57,6 +57,20 @@ def test_store_gathers_what_others_publish(kind, tmp_path):
         store.set("w/0", [2])
     with pytest.raises(RpcTimeoutError, match="2 of 3"):
         store.gather("w/", 3, time.monotonic() + 0.05)
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_store_failure_ends_all_who_wait_but_nobody_who_has_enough(kind, tmp_path):
+    store = MemoryStore() if kind == "memory" else FileStore(tmp_path / "s")
+    until = time.monotonic() + 10
+    store.set("w/0", 0)
+    thread = threading.Thread(target=store.fail, args=("the second one ended",))
+    thread.start()
+    with pytest.raises(WorkerLostError, match="the second one ended"):
+        store.gather("w/", 2, until)
+    thread.join()
+    store.fail("another reason")
+    assert store.gather("w/", 1, until) == {"w/0": 0}
 
 
 def free_port():
@@ -123,6 +137,41 @@ def test_init_rpc_equal_names_are_refused():
     close_all(workers)
     assert all("all named 'same'" in str(error) for error in failures.values())
     assert len(failures) == 2
+
+
+@pytest.mark.parametrize("method", ["memory", "file", "tcp"])
+def test_init_rpc_that_fails_on_one_worker_fails_on_all_at_once(method, tmp_path):
+    meeting = {
+        "memory": MemoryStore(),
+        "file": f"file://{tmp_path}/store",
+        "tcp": f"tcp://127.0.0.1:{free_port()}",
+    }[method]
+
+    def options_of(rank):
+        return RpcBackendOptions(init_method=meeting, secret="s")
+
+    workers, failures = join_all(2, options_of, names=["first", "not a name"])
+    close_all(workers)
+    assert isinstance(failures[1], ValueError)
+    assert isinstance(failures[0], WorkerLostError)
+    assert "worker 'not a name' could not join: ValueError" in str(failures[0])
+
+
+def test_init_rpc_worker_that_breaks_off_fails_the_others_at_once():
+    port = free_port()
+    secret = "a secret"
+
+    def break_off():
+        place = find_place(f"tcp://127.0.0.1:{port}", 1, 2, {})
+        meet(place, RpcBackendOptions(secret=secret)).close()
+
+    thread = threading.Thread(target=break_off)
+    thread.start()
+    with pytest.raises(WorkerLostError, match="ended before all had come"):
+        rpc.init_rpc(
+            "a", None, 0, 2, RpcBackendOptions(init_method=f"tcp://127.0.0.1:{port}", secret=secret)
+        )
+    thread.join()
 
 
 def test_init_rpc_missing_worker_times_out_with_a_count(monkeypatch):

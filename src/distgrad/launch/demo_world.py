@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from distgrad import rpc
 from distgrad.errors import DistgradError, WorkerLostError
 from distgrad.launch.local import die_with
-from distgrad.rpc.store import MemoryStore
+from distgrad.rpc.store import FileStore, MemoryStore
 
 __all__ = ["TRANSPORTS", "Traffic", "World", "open_world", "serve"]
 
@@ -69,12 +69,15 @@ class World:
 
     def first_death(self) -> str:
         """Say which worker's process ended, if one did; wait a moment for that to show."""
-        watched = {os.pidfd_open(p.pid): (name, p) for name, p in self.processes.items()}
-        ended, _, _ = select.select(list(watched), [], [], SETTLE_S)
-        for descriptor in watched:
-            os.close(descriptor)
-        for name, process in (watched[descriptor] for descriptor in ended):
-            return f"worker {name!r} (process {process.pid}) {_how_it_ended(process.wait())}"
+        living = [p for p in self.processes.values() if p.returncode is None]
+        if len(living) == len(self.processes):
+            watched = [os.pidfd_open(process.pid) for process in living]
+            select.select(watched, [], [], SETTLE_S)
+            for descriptor in watched:
+                os.close(descriptor)
+        for name, process in self.processes.items():
+            if (code := process.poll()) is not None:
+                return f"worker {name!r} (process {process.pid}) {_how_it_ended(code)}"
         return ""
 
 
@@ -117,13 +120,15 @@ def open_world(
             secret = secrets.token_hex(32)
             options = _options(folder, secret)
             processes = _start_processes(cleanup, transport, names, module, folder, secret)
-        rpc.init_rpc(own_name, transport, len(stages), len(names), options)
         world = World(transport, names, processes)
         try:
+            with _start_watched(world, options):
+                rpc.init_rpc(own_name, transport, len(stages), len(names), options)
             yield world
         except DistgradError as error:
             death = world.first_death()
-            rpc.shutdown(graceful=False)
+            with suppress(DistgradError):  # if this process has not become a worker
+                rpc.shutdown(graceful=False)
             if death:
                 raise WorkerLostError(f"cannot go on: {death}") from error
             raise
@@ -131,6 +136,32 @@ def open_world(
             rpc.shutdown(graceful=False)
             raise
         rpc.shutdown()
+
+
+@contextmanager
+def _start_watched(world: World, options: rpc.RpcBackendOptions) -> Iterator[None]:
+    """Tell the workers that wait for each other of one whose process has ended meanwhile."""
+    if not world.processes:
+        yield
+        return
+    store = FileStore(options.init_method.removeprefix("file://"))
+    started = os.eventfd(0)
+    watched = [*(os.pidfd_open(p.pid) for p in world.processes.values()), started]
+
+    def watch() -> None:
+        ended, _, _ = select.select(watched, [], [])
+        if started not in ended:
+            store.fail(world.first_death())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        os.eventfd_write(started, 1)
+        watcher.join()
+        for descriptor in watched:
+            os.close(descriptor)
 
 
 def _options(folder: str, secret: str) -> rpc.RpcBackendOptions:

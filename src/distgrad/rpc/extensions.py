@@ -13,10 +13,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from distgrad.rpc.worker import Worker
 
-__all__ = ["install"]
+__all__ = ["install", "load"]
 
 #: Modules with a function ``install(worker)``, in the order in which they are called.
 EXTENSIONS = ("distgrad.autograd", "distgrad.rref", "distgrad.optim")
+
+
+def load() -> None:
+    """Import what `install` needs, and the transports.
+
+    To be called before a fork: the lock of a module that another thread imports at that moment
+    stays locked in the child for ever.
+    """
+    for name in (*EXTENSIONS, "distgrad.transport.inproc", "distgrad.transport.stream"):
+        import_module(name)
 
 
 def install(worker: Worker) -> None:

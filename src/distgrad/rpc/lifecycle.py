@@ -77,8 +77,9 @@ def init_rpc(
     joining = _Joining(backend, options, meeting)
     try:
         worker = joining.worker(name)
-    except BaseException:
+    except BaseException as error:
         joining.abandon()
+        meeting.fail(name, error)
         raise
     finally:
         meeting.close()

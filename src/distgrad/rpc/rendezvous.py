@@ -27,7 +27,12 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from distgrad.config import config
-from distgrad.errors import AuthenticationError, TransportError
+from distgrad.errors import (
+    AuthenticationError,
+    RpcTimeoutError,
+    TransportError,
+    WorkerLostError,
+)
 from distgrad.rpc.auth import HmacHandshake
 from distgrad.rpc.environment import detect
 from distgrad.rpc.options import RpcBackendOptions, check_name
@@ -141,6 +146,7 @@ class Meeting:
         self.deadline = deadline
         self._secret = secret
         self._server: StoreServer | None = None
+        self._is_member = True
         self.store = self._open()
 
     def _open(self) -> Store:
@@ -207,7 +213,9 @@ class Meeting:
         ValueError
             If two workers have one rank or one name.
         """
+        self._is_member = False  # if another worker has this rank, or another file is meant
         self.store.set(f"worker/{own.id}", list(own))
+        self._is_member = True
         records = self.store.gather("worker/", self.place.world_size, self.deadline)
         members = sorted((_member(record) for record in records.values()), key=lambda m: m.id)
         name, count = Counter(member.name for member in members).most_common(1)[0]
@@ -215,6 +223,12 @@ class Meeting:
             ranks = [member.id for member in members if member.name == name]
             raise ValueError(f"cannot build the world: ranks {ranks} are all named {name!r}")
         return members
+
+    def fail(self, name: str, error: BaseException) -> None:
+        """Tell the others not to wait for this worker, which cannot join."""
+        if self._is_member and not isinstance(error, RpcTimeoutError | WorkerLostError):
+            fact = f"{type(error).__name__}: {error}"
+            self.store.fail(f"worker {name!r} could not join: {fact.partition(chr(10))[0]}")
 
     def close(self) -> None:
         """Leave the meeting; the server ends by itself once all have left."""

@@ -25,12 +25,14 @@ from distgrad.errors import (
     ProtocolError,
     RpcTimeoutError,
     TransportError,
+    WorkerLostError,
 )
 from distgrad.transport.base import Handshake
 
 __all__ = ["FileStore", "MemoryStore", "ServerStore", "Store", "StoreServer"]
 
 _MAX_RECORD = 1 << 20
+_FAILURE = "failure"  # the key of the reason why there will be no world
 _LENGTH = struct.Struct("<I")
 _HANDSHAKE_LENGTH = struct.Struct("<H")
 
@@ -59,11 +61,32 @@ class Store(ABC):
         RpcTimeoutError
             If they are not there at ``deadline`` (`time.monotonic` seconds); names how
             many were.
+        WorkerLostError
+            If they will never be: somebody called `fail`.
         """
+
+    def fail(self, reason: str) -> None:
+        """Tell all who wait in `gather`, and will, that the world cannot come about."""
+        with contextlib.suppress(ValueError, OSError, TransportError):  # somebody did, or all left
+            self.set(_FAILURE, reason)
 
     @abstractmethod
     def close(self) -> None:
         """Let go of the store; what it holds stays for the others."""
+
+
+def _chosen(values: dict[str, Any], prefix: str, count: int) -> tuple[dict[str, Any], bool]:
+    """Return the values whose keys have a prefix, and whether these are all.
+
+    Raises
+    ------
+    WorkerLostError
+        If they are not, and never will be.
+    """
+    found = {key: value for key, value in values.items() if key.startswith(prefix)}
+    if len(found) < count and _FAILURE in values:
+        raise WorkerLostError(f"cannot build the world: {values[_FAILURE]}")
+    return found, len(found) >= count
 
 
 def _too_few(prefix: str, found: int, count: int) -> RpcTimeoutError:
@@ -90,8 +113,8 @@ class MemoryStore(Store):
     def gather(self, prefix: str, count: int, deadline: float) -> dict[str, Any]:
         with self._changed:
             while True:
-                found = {k: v for k, v in self._values.items() if k.startswith(prefix)}
-                if len(found) >= count:
+                found, complete = _chosen(self._values, prefix, count)
+                if complete:
                     return found
                 if not self._changed.wait(deadline - time.monotonic()):
                     raise _too_few(prefix, len(found), count)
@@ -138,8 +161,8 @@ class FileStore(Store):
         pause = threading.Event()
         while True:
             with self._locked() as file:
-                found = {k: v for k, v in self._read(file).items() if k.startswith(prefix)}
-            if len(found) >= count:
+                found, complete = _chosen(self._read(file), prefix, count)
+            if complete:
                 return found
             if time.monotonic() > deadline:
                 raise _too_few(prefix, len(found), count)
@@ -263,12 +286,15 @@ class StoreServer:
             _send_record(sock, ["ok", answer])
         except RpcTimeoutError as error:
             _send_record(sock, ["late", str(error.message)])
+        except WorkerLostError as error:
+            _send_record(sock, ["lost", str(error.message)])
         except ValueError as error:
             _send_record(sock, ["refused", str(error)])
         except (TypeError, IndexError, KeyError):
             raise ProtocolError("cannot read a store request: malformed") from None
 
     def _client_left(self) -> None:
+        self.store.fail("a worker ended before all had come")  # those that came do not ask
         with self._lock:
             self._left -= 1
             last = self._left <= 0
@@ -343,6 +369,8 @@ class ServerStore(Store):
         verdict, answer = _receive_record(self._socket)
         if verdict == "late":
             raise RpcTimeoutError(answer)
+        if verdict == "lost":
+            raise WorkerLostError(answer)
         if verdict == "refused":
             raise ValueError(answer)
         return answer

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from distgrad.errors import DistgradError, RpcTimeoutError, WorkerLostError
+from distgrad.rpc import extensions
 from distgrad.rpc.activity import Activity, activity, discharge
 from distgrad.rpc.lifecycle import init_rpc, leave
 from distgrad.rpc.options import RpcBackendOptions
@@ -79,7 +80,11 @@ class World:
         )
 
     def __enter__(self) -> Self:
-        self._members.start(self.timeout)
+        try:
+            self._members.start(self.timeout)
+        except BaseException:
+            self._members.stop(graceful=False)
+            raise
         return self
 
     def run(self, fn: Callable[..., Any], *args: Any, ranks: Sequence[int] | None = None) -> Any:
@@ -141,8 +146,10 @@ class _Threads:
             options = RpcBackendOptions(init_method=store, **self._options)
             found[rank] = init_rpc(self._names[rank], "inproc", rank, len(self._names), options)
 
-        self._on_threads(join, (), list(range(len(self._names))), timeout)
-        self.workers = [found[rank] for rank in sorted(found)]
+        try:
+            self._on_threads(join, (), list(range(len(self._names))), timeout)
+        finally:
+            self.workers = [found[rank] for rank in sorted(found)]
 
     def run(
         self, fn: Callable[..., Any], args: tuple[Any, ...], ranks: list[int], timeout: float
@@ -217,6 +224,7 @@ class _Processes:
         self._killed: set[int] = set()
 
     def start(self, timeout: float) -> None:
+        extensions.load()
         fork = multiprocessing.get_context("fork")
         fresh = secrets.token_hex(16) if self._transport != "unix" else None
         meeting = f"file://{Path(self._folder.name) / 'store'}"
