@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -229,3 +231,21 @@ def test_forked_child_has_no_worker():
         assert os.read(read, 4) == b"none"
         os.close(read)
         os.close(write)
+
+
+ROOM = """
+import resource
+from distgrad.rpc.lifecycle import _make_room
+limit = lambda: resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (300, 1000))
+for size in (2, 100, 100_000):
+    _make_room(size)
+    print(*limit())
+"""
+
+
+def test_init_rpc_raises_the_soft_limit_of_descriptors_for_a_large_world():
+    done = subprocess.run(
+        [sys.executable, "-c", ROOM], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.split() == ["300", "1000", "556", "1000", "1000", "1000"]

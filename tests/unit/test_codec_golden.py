@@ -6,23 +6,66 @@ and stay as they are.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from wire_values import same, whole
 
-from distgrad._codec import decode, encode, parse
+from distgrad._codec import decode, encode, parse, register_record
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+class Level(enum.Enum):
+    HIGH = "h"
+
+
+class Mode(enum.IntFlag):
+    READ = 1
+    WRITE = 2
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+    y: object = None
+
+
+class Size(NamedTuple):
+    width: int
+    height: int
+
+
+for record in (Level, Mode, Point, Size):
+    register_record(record, f"golden.{record.__name__}")
 
 
 def shared() -> object:
     inner: list[object] = [1, np.arange(3)]
     return [inner, inner, {"k": inner}]
 
+
+SIZED = [
+    "bool",
+    "i1",
+    "u1",
+    "<i2",
+    "<u2",
+    "<i4",
+    "<u4",
+    "<i8",
+    "<u8",
+    "<f2",
+    "<f4",
+    "<f8",
+    "<c8",
+    "<c16",
+]
 
 #: Name -> message kind, header fields, value.
 CASES: dict[str, tuple[int, dict[str, int], Any]] = {
@@ -71,6 +114,40 @@ CASES: dict[str, tuple[int, dict[str, int], Any]] = {
         [np.arange(700, dtype="<f4"), "between", np.arange(3000, dtype="u1").reshape(60, 50).T],
     ),
     "shared": (2, {}, shared()),
+    "records": (
+        2,
+        {},
+        [Level.HIGH, Mode.READ, Mode.READ | Mode.WRITE, Point(1, [Size(2, 3)]), Size(4, 5)],
+    ),
+    "dtypes": (2, {}, [np.arange(3).astype(name) for name in SIZED]),
+    "dates": (
+        2,
+        {},
+        [
+            np.array(["2024-02-29", "NaT"], "M8[25us]"),
+            np.array([1, -2], ">m8[D]"),
+            np.array([b"a", b"bc"], "S2"),
+            np.array(
+                [(1, 2.5, "x")], np.dtype([("i", "<i2"), ("f", "<f8"), ("s", "<U1")], align=True)
+            ),
+        ],
+    ),
+    "error": (
+        3,
+        {"request_id": 1 << 48 | 1},
+        (
+            "builtins:KeyError",
+            "'k'",
+            ("k",),
+            "Traceback ...",
+            ("worker2", "worker1"),
+            {"limit": 5},
+        ),
+    ),
+    "cancel": (4, {"request_id": 1 << 48 | 2}, ()),
+    "bye": (5, {}, ("shutdown",)),
+    "arrived": (6, {}, (10, 2**40)),
+    "departed": (7, {}, (False, "worker 'a' is lost")),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import resource
 import threading
 from typing import Any
 
@@ -29,6 +30,9 @@ from distgrad.transport.base import Listener
 from distgrad.transport.registry import transport_for
 
 __all__ = ["init_rpc", "shutdown"]
+
+_FILES_EACH = 3  # descriptors a peer: two that connect to each other at once have two connections
+_FILES = 256  # for all else that a process has open
 
 
 def init_rpc(
@@ -73,6 +77,7 @@ def init_rpc(
     place = rendezvous.find_place(options.init_method, rank, world_size, os.environ)
     name = name or detect(os.environ).name or f"worker{place.rank}"
     apply_limits()
+    _make_room(place.world_size)
     meeting = rendezvous.meet(place, options)
     joining = _Joining(backend, options, meeting)
     try:
@@ -86,6 +91,15 @@ def init_rpc(
     enlist(worker)
     activity.set(Activity(worker))
     return worker
+
+
+def _make_room(world_size: int) -> None:
+    """Raise the soft limit of file descriptors where the connections might not fit in."""
+    wanted = _FILES_EACH * world_size + _FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 class _Joining:
