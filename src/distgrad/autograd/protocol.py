@@ -36,9 +36,11 @@ from distgrad.autograd.terms import (
     Message,
     State,
     last_word,
+    lost_worker,
+    refuse,
     worker_of,
 )
-from distgrad.errors import GraphError, ProtocolError, WorkerLostError
+from distgrad.errors import GraphError, ProtocolError
 from distgrad.message import PassAbort, PassBegin, PassComplete, PassEnd, PropagateGradients
 
 __all__ = ["BackwardPass"]
@@ -163,7 +165,7 @@ class BackwardPass:
             self._excluded = peers.intersection(lost)
             peers -= self._excluded
         if self.root in lost:
-            raise _lost(self.root)
+            raise lost_worker(self.root)
         self._unresolved = dict(sends)
         graph = self.graph = build()
         for node in recvs.values():
@@ -341,7 +343,7 @@ class BackwardPass:
         elif node.peer not in self._lost:
             self._entries.setdefault(node.peer, []).append((node.message_id, grads))
         elif grads is not None:
-            raise _lost(node.peer)
+            raise lost_worker(node.peer)
 
     def _resolve(self, message_id: int, grads: Gradients) -> None:
         node = self._unresolved.pop(message_id, None)
@@ -391,18 +393,7 @@ class BackwardPass:
             return
         closure.take(reports)
         if self._lost:
-            _refuse(closure.reached.intersection(self._lost))
+            refuse(closure.reached.intersection(self._lost))
         if self.state is COMPLETE and not closure.missing:
-            _refuse(closure.left_out())
+            refuse(closure.left_out())
             self.state = OVER
-
-
-def _refuse(lost: Iterable[int]) -> None:
-    for worker in lost:
-        raise _lost(worker)
-
-
-def _lost(worker: int) -> WorkerLostError:
-    return WorkerLostError(
-        f"cannot run the backward pass: worker {worker}, which it needs, is lost"
-    )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any, Protocol
 
+from distgrad.errors import WorkerLostError
 from distgrad.message import PassAbort, PassBegin, PassComplete, PassEnd, PropagateGradients
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "Message",
     "State",
     "last_word",
+    "lost_worker",
+    "refuse",
     "worker_of",
 ]
 
@@ -94,3 +97,16 @@ def last_word(message: Message, cause: PassAbort | None) -> PassAbort | PassEnd 
         return None
     reports = getattr(message, "complete", None) is not None
     return cause or (PassEnd(message.pass_id) if reports else None)
+
+
+def refuse(lost: Iterable[int]) -> None:
+    """Raise if there is anybody among these workers."""
+    for worker in lost:
+        raise lost_worker(worker)
+
+
+def lost_worker(worker: int) -> WorkerLostError:
+    """Return the error of a pass that needs a worker that is gone."""
+    return WorkerLostError(
+        f"cannot run the backward pass: worker {worker}, which it needs, is lost"
+    )
