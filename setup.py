@@ -28,6 +28,8 @@ MODULES = {
     "distgrad.transport._ring": "src/distgrad/transport/_ring.pyx",
     "distgrad.transport._arena": "src/distgrad/transport/_arena.pyx",
     "distgrad.transport._poller": "src/distgrad/transport/_poller.pyx",
+    "distgrad.transport._outlet": "src/distgrad/transport/_outlet.pyx",
+    "distgrad.transport._lane": "src/distgrad/transport/_lane.pyx",
     "distgrad.transport._stream": "src/distgrad/transport/_stream.pyx",
     "distgrad.rpc._leader": "src/distgrad/rpc/_leader.pyx",
     "distgrad.rpc._pulse": "src/distgrad/rpc/_pulse.pyx",

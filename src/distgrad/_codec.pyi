@@ -43,6 +43,7 @@ class Outgoing:
     message_id: int
     chain: int
     deadline_us: int
+    overtakes: bool
     @property
     def nbytes(self) -> int: ...
     def seal(self) -> None: ...

@@ -367,10 +367,10 @@ def test_tcp_connection_sends_small_messages_at_once() -> None:
     options: list[int] = []
 
     class Looking(TcpTransport):
-        def adopt(self, sock: socket.socket, *args: Any) -> StreamConnection:
+        def adopt(self, sock: socket.socket, *args: Any, **more: Any) -> StreamConnection:
             options.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             options.append(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
-            return super().adopt(sock, *args)
+            return super().adopt(sock, *args, **more)
 
     pair.transport = Looking()
     pair.connect()

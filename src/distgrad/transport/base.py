@@ -6,7 +6,8 @@ nothing above them: no worker, no tensor, no call.
 
 Invariants that every transport keeps (tests cite the numbers):
 
-T1  Messages of one connection arrive complete, once, and in the order of `send`.
+T1  Messages of one connection arrive complete, once, and in the order of `send`. One that
+    is marked `overtakes` may arrive before others that were sent earlier.
 T2  A connection ends exactly once: one event ``(connection, error or None)`` from
     `Poller.poll`, after every message that had arrived complete, and nothing after it.
 T3  Bytes that are not a frame end the connection they came on, and nothing else. A

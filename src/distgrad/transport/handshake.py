@@ -10,14 +10,13 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from distgrad.errors import AuthenticationError, TransportError
 from distgrad.transport._poller import Poller
 from distgrad.transport.base import MAX_HANDSHAKE_BYTES, Handshake
-from distgrad.transport.shm import Offer
 
-__all__ = ["HalfOpen", "authenticate"]
+__all__ = ["HalfOpen", "LastStep", "authenticate"]
 
 _LENGTH_BYTES = 2
 
@@ -56,6 +55,16 @@ class _Reader:
         return message
 
 
+class LastStep(Protocol):
+    """What the accepting side does on a socket once the peer is known: `shm`, `lanes`."""
+
+    def send(self, sock: socket.socket) -> bool:
+        """Say what there is to say; return whether an answer will come."""
+
+    def take_answer(self, sock: socket.socket) -> bool:
+        """Read the answer; return False if it is not there yet."""
+
+
 class HalfOpen:
     """A connection that a listener accepted and that has not proved who it is.
 
@@ -69,8 +78,8 @@ class HalfOpen:
         The accepted socket.
     timeout_s
         How long the peer may take for all of it.
-    offer
-        Of shared memory, made once the peer is known; None if there is none to make.
+    last_step
+        What follows the handshake.
     """
 
     def __init__(
@@ -81,7 +90,7 @@ class HalfOpen:
         timeout_s: float,
         on_finished: Callable[[Any], None],
         on_failed: Callable[[Exception], None],
-        offer: Offer | None = None,
+        last_step: LastStep,
     ) -> None:
         self._sock = sock
         self._poller = poller
@@ -89,8 +98,8 @@ class HalfOpen:
         self._reader = _Reader()
         self._on_finished = on_finished
         self._on_failed = on_failed
-        self._offer = offer
-        self._offered = False
+        self._last_step = last_step
+        self._waits = False
         self._timer = poller.call_later(timeout_s, self._expire)
         sock.setblocking(False)
         poller.watch(sock.fileno(), self._on_readable)
@@ -127,14 +136,12 @@ class HalfOpen:
             self._on_finished(self._handshake.identity)
 
     def _advance(self) -> bool:
-        if self._offered:
-            assert self._offer is not None
-            return self._offer.take_answer(self._sock)
-        finished = self._shake_hands()
-        if finished and self._offer is not None:
-            self._offered = self._offer.send(self._sock)
-            return not self._offered
-        return finished
+        if self._waits:
+            return self._last_step.take_answer(self._sock)
+        if not self._shake_hands():
+            return False
+        self._waits = self._last_step.send(self._sock)
+        return not self._waits
 
     def _shake_hands(self) -> bool:
         try:

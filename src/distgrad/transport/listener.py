@@ -22,6 +22,7 @@ from distgrad.transport._poller import Poller
 from distgrad.transport._ring import Ring
 from distgrad.transport.base import Connection, Handshake, HandshakeFactory, Listener
 from distgrad.transport.handshake import HalfOpen
+from distgrad.transport.lanes import Pairing, Purpose
 from distgrad.transport.shm import Offer
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class StreamListener(Listener):
         self._on_connection = on_connection
         self._lock = threading.RLock()
         self._half_open: set[HalfOpen] = set()
+        self._pairing = Pairing(poller)
         self._accepting = False
         self._closed = False
         self._sock, self.address, remove = transport.bind(host)
@@ -79,6 +81,7 @@ class StreamListener(Listener):
             for half_open in self._half_open:
                 half_open.drop()
             self._half_open.clear()
+            self._pairing.close()
             self._sock.close()
         self._remove()
 
@@ -87,6 +90,7 @@ class StreamListener(Listener):
         self._closed = True
         self._remove.detach()
         self._sock.close()
+        self._pairing.close()
         for half_open in self._half_open:
             half_open.abandon()
 
@@ -132,11 +136,11 @@ class StreamListener(Listener):
         self._transport.prepare(sock)
         handshake: Handshake = self._new_handshake(self._transport.peer_uid(sock))
 
-        offer = Offer() if self._transport.local else None
+        last_step = Offer() if self._transport.local else Purpose()
 
         def finished(identity: Any) -> None:
             self._forget(half_open)
-            self._welcome(sock, identity, offer.ring if offer else None)
+            self._welcome(sock, identity, last_step)
 
         def failed(error: Exception) -> None:
             self._forget(half_open)
@@ -145,7 +149,7 @@ class StreamListener(Listener):
             _log.log(level, "%s: refused a connection: %s", self.address, error)
 
         half_open = HalfOpen(
-            sock, self._poller, handshake, config.handshake_timeout, finished, failed, offer
+            sock, self._poller, handshake, config.handshake_timeout, finished, failed, last_step
         )
         self._half_open.add(half_open)
 
@@ -154,10 +158,27 @@ class StreamListener(Listener):
             self._half_open.discard(half_open)
         self._update()
 
-    def _welcome(self, sock: socket.socket, identity: Any, ring: Ring | None) -> None:
+    def _welcome(self, sock: socket.socket, identity: Any, last_step: Offer | Purpose) -> None:
+        if isinstance(last_step, Offer):
+            self._introduce(sock, None, identity, last_step.ring)
+        elif not last_step.is_lane:
+            self._pairing.add(sock, identity, last_step.token)
+        else:
+            try:
+                first = self._pairing.take(sock, identity, last_step.token)
+            except (AuthenticationError, OSError) as error:
+                sock.close()
+                _log.warning("%s: refused a socket: %s", self.address, error)
+                return
+            self._introduce(first, sock, identity, None)
+
+    def _introduce(
+        self, sock: socket.socket, lane: socket.socket | None, identity: Any, ring: Ring | None
+    ) -> None:
+        """Make the connection and hand it to the layer above."""
         peer = f"{self.address}#{sock.fileno()}"
         with sock:
-            connection = self._transport.adopt(sock, self._poller, peer, identity, ring)
+            connection = self._transport.adopt(sock, self._poller, peer, identity, ring, lane)
         try:
             self._on_connection(connection, identity)
         except BaseException:

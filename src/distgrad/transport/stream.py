@@ -15,7 +15,7 @@ import tempfile
 import time
 from abc import abstractmethod
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +31,7 @@ from distgrad.transport.address import (
 )
 from distgrad.transport.base import Connection, HandshakeFactory, Transport
 from distgrad.transport.handshake import authenticate
+from distgrad.transport.lanes import announce, join
 from distgrad.transport.listener import BACKLOG, StreamListener
 from distgrad.transport.shm import answer_offer
 
@@ -44,7 +45,7 @@ _DIRECTORY = "distgrad-"  # prefix of the directories that hold a socket each
 class StreamTransport(Transport):
     """What Unix and TCP sockets have in common."""
 
-    #: Whether the peer is on this host, so that it may share memory.
+    #: Whether the peer is on this host, so that it may share memory; others get a lane.
     local: ClassVar[bool] = False
 
     def listen(
@@ -70,18 +71,37 @@ class StreamTransport(Transport):
     ) -> Connection:
         """See `Transport.connect`."""
         deadline = time.monotonic() + timeout_s
+
+        def introduce() -> tuple[socket.socket, Any]:
+            return self._introduce(address, new_handshake, deadline)
+
+        sock, identity = introduce()
+        with sock:
+            if self.local:
+                ring = answer_offer(sock, deadline, address)
+                return self.adopt(sock, poller, address, identity, ring)
+            token = announce(sock)
+            lane = join(token, deadline, address, lambda: introduce()[0])
+            return self.adopt(sock, poller, address, identity, lane=lane)
+
+    def _introduce(
+        self, address: str, new_handshake: HandshakeFactory, deadline: float
+    ) -> tuple[socket.socket, Any]:
+        """Return a connected socket whose peer is known, and who that is."""
         target = parse_address(address)
         try:
-            sock = self._open(target, timeout_s)
+            sock = self._open(target, max(deadline - time.monotonic(), 1e-3))
         except OSError as error:
             raise TransportError(
                 f"cannot connect to {address}: {error.strerror or error}"
             ) from error
-        with sock:
+        try:
             handshake = new_handshake(self.peer_uid(sock))
             authenticate(sock, handshake, deadline, address)
-            ring = answer_offer(sock, deadline, address) if self.local else None
-            return self.adopt(sock, poller, address, handshake.identity, ring)
+        except BaseException:
+            sock.close()
+            raise
+        return sock, handshake.identity
 
     def adopt(
         self,
@@ -90,17 +110,22 @@ class StreamTransport(Transport):
         peer_address: str,
         identity: Any,
         ring: Ring | None = None,
+        lane: socket.socket | None = None,
     ) -> StreamConnection:
-        """Make a connection of an authenticated socket, which is taken over."""
-        connection = StreamConnection(
-            poller,
-            sock.fileno(),
-            scheme=self.scheme,
-            peer_address=peer_address,
-            identity=identity,
-            ring=ring,
-        )
-        sock.detach()
+        """Make a connection of an authenticated socket and its lane, which are taken over."""
+        with lane or nullcontext():
+            connection = StreamConnection(
+                poller,
+                sock.fileno(),
+                scheme=self.scheme,
+                peer_address=peer_address,
+                identity=identity,
+                ring=ring,
+                lane=lane.fileno() if lane else -1,
+            )
+            sock.detach()
+            if lane:
+                lane.detach()
         return connection
 
     @abstractmethod

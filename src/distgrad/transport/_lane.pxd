@@ -1,0 +1,41 @@
+"""Lane: the second socket of a connection, for payloads that are large.
+
+The messages themselves go over the first socket, so that a small one is never behind the
+bytes of a large one. On the lane are the payloads alone, in the order of their messages.
+"""
+
+from distgrad._codec cimport FrameHeader
+from distgrad.transport._outlet cimport Outlet
+from distgrad.transport._pool cimport Slab
+
+cdef enum:
+    APART = 256 * 1024        # payloads from here on go over the lane
+    APART_MARK = 0xFE         # first byte of the record that stands before such a message
+    RECORD = 64               # bytes of that record; the others are 0
+
+
+cdef class Arriving:
+    """A message that has come but for its payload, or that has to wait for an earlier one."""
+
+    cdef FrameHeader header
+    cdef bytes meta
+    cdef object payload            # None until its bytes are read
+    cdef bint complete
+
+
+# What a lane needs of its connection.
+cdef class LaneOwner(Outlet):
+    # A payload has come whole.
+    cdef int on_payload(self, list events) except -1
+    # No payload will come any more, and why.
+    cdef int on_lane_end(self, list events, object reason) except -1
+
+
+cdef class Lane(Outlet):
+    cdef LaneOwner owner           # None once it has ended
+    cdef object coming             # deque of Arriving whose payloads are not here, oldest first
+    cdef char *target              # where the rest of the payload that is being read goes
+
+    cdef int expect(self, Arriving message) except -1
+    cdef int begin(self) except -1
+    cdef int finish(self) except -1

@@ -1,0 +1,147 @@
+"""Two sockets a connection over TCP: one for messages, a lane for large payloads.
+
+After its handshake the connecting side says what a socket is for, in 33 bytes: 0 and a random
+token for a connection, or 1 and the token of the connection that it is the lane of. The lane has
+proved in a handshake of its own who it comes from, and only the same peer may add one. The
+accepting side makes the connection when it has both sockets, and says so with one byte on the lane.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from distgrad.config import config
+from distgrad.errors import AuthenticationError, TransportError
+from distgrad.transport._poller import Poller
+
+__all__ = ["Pairing", "Purpose", "announce", "join"]
+
+_TOKEN_NBYTES = 32
+_FIRST, _LANE, _JOINED = b"\0", b"\1", b"\1"
+
+
+class Purpose:
+    """What an accepted socket is for; reads it once the peer is known."""
+
+    def __init__(self) -> None:
+        self._message = b""
+
+    def send(self, sock: socket.socket) -> bool:
+        """Return True: there is nothing to say, and an answer will come."""
+        return True
+
+    def take_answer(self, sock: socket.socket) -> bool:
+        """Read what the socket is for; return False if not all of it is there yet.
+
+        Raises
+        ------
+        TransportError
+            The peer has gone.
+        """
+        try:
+            data = sock.recv(1 + _TOKEN_NBYTES - len(self._message))
+        except BlockingIOError:
+            return False
+        if not data:
+            raise TransportError("cannot tell what a socket is for: the peer went away")
+        self._message += data
+        return len(self._message) == 1 + _TOKEN_NBYTES
+
+    @property
+    def is_lane(self) -> bool:
+        """Whether it is a lane; otherwise the first socket of a connection."""
+        return self._message[:1] == _LANE
+
+    @property
+    def token(self) -> bytes:
+        """What the two sockets of a connection have in common."""
+        return self._message[1:]
+
+
+class Pairing:
+    """First sockets that wait for their lanes, on the accepting side.
+
+    Their peers are known. Each waits as long as a handshake may take.
+    """
+
+    def __init__(self, poller: Poller) -> None:
+        self._poller = poller
+        self._waiting: dict[bytes, tuple[socket.socket, Any, Any]] = {}
+
+    def add(self, sock: socket.socket, identity: Any, token: bytes) -> None:
+        """Keep a first socket; takes it over."""
+        timer = self._poller.call_later(config.handshake_timeout, lambda: self._drop(token))
+        self._waiting[token] = sock, identity, timer
+
+    def take(self, lane: socket.socket, identity: Any, token: bytes) -> socket.socket:
+        """Return the first socket of a lane, and tell the peer that both are here.
+
+        Raises
+        ------
+        AuthenticationError
+            This peer has no such connection.
+        """
+        if token not in self._waiting or self._waiting[token][1] != identity:
+            raise AuthenticationError("cannot join a lane to a connection that the peer has not")
+        sock, _, timer = self._waiting.pop(token)
+        timer.cancel()
+        lane.send(_JOINED, socket.MSG_NOSIGNAL)
+        return sock
+
+    def close(self) -> None:
+        """Close all of them; idempotent."""
+        for token in list(self._waiting):
+            self._drop(token)
+
+    def _drop(self, token: bytes) -> None:
+        sock, _, timer = self._waiting.pop(token)
+        timer.cancel()
+        sock.close()
+
+
+def announce(sock: socket.socket) -> bytes:
+    """Say on a first socket that it is one; return its token."""
+    token = secrets.token_bytes(_TOKEN_NBYTES)
+    sock.sendall(_FIRST + token)
+    return token
+
+
+def join(
+    token: bytes, deadline: float, address: str, open_socket: Callable[[], socket.socket]
+) -> socket.socket:
+    """Return a socket that is the lane of the connection with this token; blocks.
+
+    Parameters
+    ----------
+    deadline
+        When to give up, on the clock of `time.monotonic`.
+    open_socket
+        Connects, and finishes the handshake.
+
+    Raises
+    ------
+    AuthenticationError
+        The peer refused it.
+    TransportError
+        It did not answer in time.
+    """
+    sock = open_socket()
+    try:
+        sock.settimeout(max(deadline - time.monotonic(), 1e-3))
+        sock.sendall(_LANE + token)
+        if sock.recv(1) != _JOINED:
+            raise ConnectionResetError("it closed the connection")
+    except BaseException as error:
+        sock.close()
+        if isinstance(error, TimeoutError):
+            raise TransportError(f"cannot connect to {address}: no answer in time") from None
+        if isinstance(error, ConnectionError):
+            raise AuthenticationError(
+                f"cannot connect to {address}: its second socket was refused ({error})"
+            ) from None
+        raise
+    return sock

@@ -1,0 +1,254 @@
+"""Large payloads on a socket of their own: order, ends, strangers."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distgrad._codec import Outgoing
+from distgrad.config import config
+from distgrad.errors import AuthenticationError, ProtocolError, TransportError
+from distgrad.testing.transport_pair import Pair, expect, handshakes, message, polling
+from distgrad.transport._poller import Poller
+from distgrad.transport._stream import StreamConnection
+from distgrad.transport.handshake import authenticate
+from distgrad.transport.lanes import announce, join
+from distgrad.transport.stream import TcpTransport
+
+LARGE = 4_000_000  # float64: far more than two sockets hold
+PATIENCE_S = 20.0
+
+
+def free(value: Any) -> Outgoing:
+    """A message that may overtake."""
+    content = message(value)
+    content.overtakes = True
+    return content
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    pair = Pair(TcpTransport())
+    pair.connect()
+    yield pair
+    pair.close()
+
+
+class Raw:
+    """A connection with a lane whose peer is two bare sockets in the hands of the test."""
+
+    def __init__(self) -> None:
+        self.socket, mine = socket.socketpair()
+        self.lane, other = socket.socketpair()
+        self.poller = Poller()
+        self.connection = StreamConnection(
+            self.poller, mine.detach(), scheme="tcp", peer_address="test", identity=None,
+            lane=other.detach(),
+        )  # fmt: skip
+        self.events: list[Any] = []
+
+    def poll_until_ended(self) -> Any:
+        deadline = time.monotonic() + PATIENCE_S
+        while not any(isinstance(item, Exception | None) for item in self.events):
+            assert time.monotonic() < deadline, self.events
+            self.events += [item for _, item in self.poller.poll(0.01, False)]
+        return self.events[-1]
+
+
+@pytest.fixture
+def raw() -> Iterator[Raw]:
+    raw = Raw()
+    yield raw
+    raw.poller.close()
+    raw.socket.close()
+    raw.lane.close()
+
+
+def announced(value: Any) -> tuple[bytes, bytes]:
+    """What goes over the two sockets for a message."""
+    head, *payload = message(value).parts()
+    return b"\xfe" + bytes(63) + bytes(head), b"".join(map(bytes, payload))
+
+
+# --- order
+
+
+def test_messages_behind_a_large_one_keep_their_order(pair: Pair) -> None:
+    pair.near.connection.send(message(0))
+    assert not pair.near.connection.send(message(np.arange(LARGE, dtype=np.float64)))
+    pair.near.connection.send(message(2))
+    pair.near.connection.send(message(np.ones(LARGE)))
+    pair.near.connection.send(message(np.ones(10_000)))
+    pair.near.connection.send(message(5))
+    pair.until(lambda: len(pair.far.events) == 6)
+    values = pair.far.values()
+    assert [values[0], values[2], values[5]] == [0, 2, 5]
+    assert np.array_equal(values[1], np.arange(LARGE, dtype=np.float64))
+    assert np.array_equal(values[3], np.ones(LARGE))
+    assert np.array_equal(values[4], np.ones(10_000))
+
+
+def test_message_that_may_overtake_arrives_before_a_large_one(pair: Pair) -> None:
+    assert not pair.near.connection.send(message(np.ones(LARGE)))
+    pair.near.connection.send(message("in order"))
+    pair.near.connection.send(free("first"))
+    for _ in range(3):  # the first is complete, the large one cannot be
+        pair.far.poll(0.1)
+        if pair.far.events:
+            break
+    assert pair.far.values() == ["first"]
+    pair.until(lambda: len(pair.far.events) == 3)
+    assert pair.far.values()[2] == "in order"
+
+
+def test_message_that_may_overtake_keeps_its_place_where_nothing_is_large(pair: Pair) -> None:
+    for number in range(100):
+        pair.near.connection.send(free(number) if number % 2 else message(number))
+    pair.until(lambda: len(pair.far.events) == 100)
+    assert pair.far.values() == list(range(100))
+
+
+def test_large_messages_both_ways_at_once_arrive_equal(pair: Pair) -> None:
+    for number in range(3):
+        for side in (pair.near, pair.far):
+            side.connection.send(message(np.full(LARGE, float(number))))
+            side.connection.send(message(number))
+    pair.until(lambda: len(pair.far.events) == len(pair.near.events) == 6)
+    for side in (pair.near, pair.far):
+        values = side.values()
+        assert values[1::2] == [0, 1, 2]
+        assert [float(array[-1]) for array in values[::2]] == [0.0, 1.0, 2.0]
+
+
+def test_threads_that_send_large_and_small_keep_each_their_order(pair: Pair) -> None:
+    def send(first: int) -> None:
+        for number in range(20):
+            size = 50_000 if number % 3 == 0 else 1
+            pair.near.connection.send(message((first, number, np.full(size, float(number)))))
+
+    threads = [threading.Thread(target=send, args=(first,)) for first in range(3)]
+    for thread in threads:
+        thread.start()
+    pair.until(lambda: len(pair.far.events) == 60)
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    for first in range(3):
+        mine = [(n, array) for f, n, array in pair.far.values() if f == first]
+        assert [n for n, _ in mine] == list(range(20))
+        assert all(np.all(array == n) for n, array in mine)
+
+
+# --- ends
+
+
+def test_end_before_the_payload_is_here_waits_for_it(raw: Raw) -> None:
+    head, payload = announced(np.arange(100_000.0))
+    raw.socket.sendall(head)
+    raw.socket.shutdown(socket.SHUT_RDWR)
+    sender = threading.Thread(target=raw.lane.sendall, args=(payload,))
+    sender.start()
+    assert raw.poll_until_ended() is None
+    sender.join(PATIENCE_S)
+    assert len(raw.events) == 2
+    assert raw.events[0].payload is not None
+
+
+@pytest.mark.parametrize("first", ["socket", "lane"])
+def test_end_in_the_middle_of_a_payload_is_an_error(raw: Raw, first: str) -> None:
+    head, payload = announced(np.arange(100_000.0))
+    raw.socket.sendall(head)
+    raw.lane.sendall(payload[:1000])
+    getattr(raw, first).close()
+    reason = raw.poll_until_ended()
+    assert "in the middle of a message" in str(reason)
+    assert len(raw.events) == 1
+    assert raw.connection.closed
+
+
+def test_end_of_the_lane_alone_is_found_by_the_next_payload(raw: Raw) -> None:
+    raw.lane.close()
+    raw.socket.sendall(bytes(message("small").parts()[0]))
+    while not raw.events:
+        raw.events += [item for _, item in raw.poller.poll(1.0, False)]
+    raw.socket.sendall(announced(np.arange(100_000.0))[0])
+    assert isinstance(raw.poll_until_ended(), (ProtocolError, TransportError))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"\xfe" + bytes(63) + b"\xfe" + bytes(63),
+        b"\xfe" + bytes(63) + bytes(message("no payload").parts()[0]),
+    ],
+)
+def test_bytes_that_announce_nonsense_end_the_connection(raw: Raw, head: bytes) -> None:
+    raw.socket.sendall(head)
+    assert isinstance(raw.poll_until_ended(), ProtocolError)
+
+
+def test_record_without_a_lane_ends_the_connection() -> None:
+    near, mine = socket.socketpair()
+    poller = Poller()
+    connection = StreamConnection(
+        poller, mine.detach(), scheme="tcp", peer_address="test", identity=None
+    )
+    near.sendall(announced(np.arange(100_000.0))[0])
+    [(ended, reason)] = poller.poll(PATIENCE_S, False)
+    assert ended is connection
+    assert isinstance(reason, ProtocolError)
+    poller.close()
+    near.close()
+
+
+def test_end_of_a_connection_with_a_payload_on_the_way_leaves_others_alone(pair: Pair) -> None:
+    other = pair.connect(7)
+    assert not pair.near.connection.send(message(np.ones(LARGE)))
+    pair.far.poll(0.1)
+    pair.near.connection.abort()
+    pair.until(lambda: bool(pair.far.ends()))
+    other.send(message("fine"))
+    pair.until(lambda: bool(pair.far.values()))
+    assert pair.far.values() == ["fine"]
+    assert len(pair.far.ends()) == 1
+
+
+# --- strangers
+
+
+def first_socket(pair: Pair, number: int) -> socket.socket:
+    """Connect and authenticate by hand."""
+    host, port = pair.listener.address.removeprefix("tcp://").split(":")
+    sock = socket.create_connection((host, int(port)), PATIENCE_S)
+    handshake = handshakes(number, connecting=True)(None)
+    authenticate(sock, handshake, time.monotonic() + PATIENCE_S, "there")
+    return sock
+
+
+def test_lane_of_another_peer_is_refused(pair: Pair) -> None:
+    with polling(pair.far), first_socket(pair, 3) as sock:
+        token = announce(sock)
+        with expect(AuthenticationError):
+            join(token, time.monotonic() + PATIENCE_S, "there", lambda: first_socket(pair, 4))
+        with expect(AuthenticationError):
+            join(bytes(32), time.monotonic() + PATIENCE_S, "there", lambda: first_socket(pair, 3))
+        with join(
+            token, time.monotonic() + PATIENCE_S, "there", lambda: first_socket(pair, 3)
+        ) as lane:
+            assert lane.fileno() >= 0
+    pair.until(lambda: len(pair.far.connections) == 2)
+    assert pair.far.connections[1].identity == 3
+
+
+def test_first_socket_whose_lane_never_comes_is_dropped(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "handshake_timeout", 0.2)
+    with polling(pair.far), first_socket(pair, 3) as sock:
+        announce(sock)
+        sock.settimeout(PATIENCE_S)
+        assert sock.recv(1) == b""
+    assert len(pair.far.connections) == 1
