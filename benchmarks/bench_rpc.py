@@ -13,6 +13,7 @@ CASES = [
     Case("remote_to_here", "remote + to_here of float32[1]"),
     Case("echo_16mb", "echo of 16 MB, each way", "GB/s", 16 * MB),
     Case("echo_64mb", "echo of 64 MB, each way", "GB/s", 64 * MB),
+    Case("echo_256mb", "echo of 256 MB, each way", "GB/s", 256 * MB),
 ]
 SYSTEMS = [
     System("distgrad", ["distgrad_peer.py", "unix"]),

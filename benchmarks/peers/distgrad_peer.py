@@ -79,8 +79,9 @@ class DistgradPeer(measure.Peer):
         join("client", sys.argv[1], self.folder.name)
         self.small = dg.zeros(1, dtype=np.float32)
         self.leaf = dg.ones(1, dtype=np.float32, requires_grad=True)
-        self.large = dg.zeros(FLOATS_16MB, dtype=np.float32)
-        self.larger = dg.zeros(4 * FLOATS_16MB, dtype=np.float32)
+        self.large = dg.ones(FLOATS_16MB, dtype=np.float32)
+        self.larger = dg.ones(4 * FLOATS_16MB, dtype=np.float32)
+        self.largest = dg.ones(16 * FLOATS_16MB, dtype=np.float32)
         self.large_leaf = dg.ones(FLOATS_16MB, dtype=np.float32, requires_grad=True)
         self.counter = rpc.remote("server", Counter)
         self.optimizers: dict[str, optim.DistributedOptimizer] = {}
@@ -129,6 +130,9 @@ class DistgradPeer(measure.Peer):
 
     def time_echo_64mb(self) -> None:
         rpc.rpc_sync("server", echo, args=(self.larger,))
+
+    def time_echo_256mb(self) -> None:
+        rpc.rpc_sync("server", echo, args=(self.largest,))
 
     def time_remote_to_here(self) -> None:
         rpc.remote("server", echo, args=(self.small,)).to_here()

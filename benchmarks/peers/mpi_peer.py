@@ -15,7 +15,12 @@ from collections.abc import Iterator
 
 import measure
 
-SIZES = {"echo_small": 4, "echo_16mb": 16 * 2**20, "echo_64mb": 64 * 2**20}
+SIZES = {
+    "echo_small": 4,
+    "echo_16mb": 16 * 2**20,
+    "echo_64mb": 64 * 2**20,
+    "echo_256mb": 256 * 2**20,
+}
 FUNCTIONS = {"noop": lambda: None, "echo": lambda value: value}
 
 
@@ -60,8 +65,9 @@ class Objects(MpiPeer):
 
         super().__init__()
         self.small = np.zeros(1, np.float32)
-        self.large = np.zeros(4 * 2**20, np.float32)
-        self.larger = np.zeros(16 * 2**20, np.float32)
+        self.large = np.ones(4 * 2**20, np.float32)
+        self.larger = np.ones(16 * 2**20, np.float32)
+        self.largest = np.ones(64 * 2**20, np.float32)
 
     def sleep(self) -> None:
         self.world.send(None, 1)
@@ -94,6 +100,9 @@ class Objects(MpiPeer):
     def time_echo_64mb(self) -> None:
         self.call("echo", self.larger)
 
+    def time_echo_256mb(self) -> None:
+        self.call("echo", self.largest)
+
     @staticmethod
     def serve_round(world: object, case: str) -> None:
         while (message := world.recv(source=0)) is not None:
@@ -106,7 +115,7 @@ class Buffers(MpiPeer):
 
     @contextlib.contextmanager
     def awake(self, case: str) -> Iterator[None]:
-        self.buffer = bytearray(SIZES[case])
+        self.buffer = bytearray(b"\1") * SIZES[case]
         with super().awake(case):
             yield
 
@@ -117,13 +126,13 @@ class Buffers(MpiPeer):
         self.world.Send(self.buffer, 1)
         self.world.Recv(self.buffer, 1)
 
-    time_echo_small = time_echo_16mb = time_echo_64mb = echo
+    time_echo_small = time_echo_16mb = time_echo_64mb = time_echo_256mb = echo
 
     @staticmethod
     def serve_round(world: object, case: str) -> None:
         from mpi4py import MPI
 
-        buffer, status = bytearray(SIZES[case]), MPI.Status()
+        buffer, status = bytearray(b"\1") * SIZES[case], MPI.Status()
         while True:
             world.Recv(buffer, 0, status=status)
             if status.Get_count(MPI.BYTE) == 0:

@@ -32,8 +32,8 @@ class MultiprocessingPeer(measure.Peer):
         self.manager.start()
         self.functions = self.manager.Functions()
         self.small = np.zeros(1, np.float32)
-        self.large = np.zeros(4 * 2**20, np.float32)
-        self.larger = np.zeros(16 * 2**20, np.float32)
+        self.large = np.ones(4 * 2**20, np.float32)
+        self.larger = np.ones(16 * 2**20, np.float32)
 
     def close(self) -> None:
         self.manager.shutdown()

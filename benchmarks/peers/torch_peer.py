@@ -84,8 +84,9 @@ class TorchPeer(measure.Peer):
         join("client", self.folder.name)
         self.small = torch.zeros(1)
         self.leaf = torch.ones(1, requires_grad=True)
-        self.large = torch.zeros(FLOATS_16MB)
-        self.larger = torch.zeros(4 * FLOATS_16MB)
+        self.large = torch.ones(FLOATS_16MB)
+        self.larger = torch.ones(4 * FLOATS_16MB)
+        self.largest = torch.ones(16 * FLOATS_16MB)
         self.large_leaf = torch.ones(FLOATS_16MB, requires_grad=True)
         self.counter = rpc.remote("server", Counter)
         self.optimizers = {}
@@ -136,6 +137,9 @@ class TorchPeer(measure.Peer):
 
     def time_echo_64mb(self) -> None:
         self.rpc.rpc_sync("server", echo, args=(self.larger,))
+
+    def time_echo_256mb(self) -> None:
+        self.rpc.rpc_sync("server", echo, args=(self.largest,))
 
     def time_remote_to_here(self) -> None:
         self.rpc.remote("server", echo, args=(self.small,)).to_here()

@@ -25,8 +25,8 @@ class ZmqPeer(measure.Peer):
         self.socket.set_hwm(0)
         self.socket.connect(address)
         self.small = np.zeros(1, np.float32)
-        self.large = np.zeros(4 * 2**20, np.float32)
-        self.larger = np.zeros(16 * 2**20, np.float32)
+        self.large = np.ones(4 * 2**20, np.float32)
+        self.larger = np.ones(16 * 2**20, np.float32)
 
     def close(self) -> None:
         self.socket.close(0)
