@@ -75,3 +75,4 @@ def test_small_calls_beside_large_ones_are_answered(transport: str) -> None:
 def test_worker_lost_in_the_middle_of_a_large_answer_ends_every_wait(transport: str) -> None:
     with World(3, transport=transport) as world:
         world.run(wait_for_one_that_dies, ranks=[0])
+        world.kill(1)  # it is dead; now the world knows
