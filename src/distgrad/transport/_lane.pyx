@@ -96,7 +96,8 @@ cdef class Lane(Outlet):
         cdef Py_ssize_t result
         if what & EPOLLOUT:
             self.drain()
-            sched_yield()
+            with nogil:
+                sched_yield()
         if self.ended or not what & ~EPOLLOUT:
             return False
         if self.missing == 0:      # nothing is due: the peer has closed it

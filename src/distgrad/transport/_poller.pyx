@@ -195,8 +195,7 @@ cdef class Poller:
         heapq.heappush(self.timers, (now_s() + delay_s, self.last_token, timer))
         if self.timers[0][2] is timer:
             self.next_timer = self.timers[0][0]
-            if not self.polling or get_flag(&self.sleeping):
-                self.ring()
+            self.ring()        # a thread that spins just now would block past it
         return timer
 
     def watch(self, int fd, on_readable):

@@ -12,6 +12,9 @@
 #include <sys/uio.h>
 #include <sys/vfs.h>
 #include <unistd.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
@@ -102,6 +105,31 @@ static inline int distgrad_detach(char *data, uint64_t nbytes)
         return -1;
     }
     return 0;
+}
+
+/* Copy past the caches, for blocks that are larger than they are: the destination is not read
+   first, and what is in the caches stays there. */
+static inline void distgrad_copy_past_caches(char *to, const char *from, size_t nbytes)
+{
+#if defined(__SSE2__)
+    size_t ragged = (size_t)-(uintptr_t)to & 63;
+    if (ragged > nbytes)
+        ragged = nbytes;
+    memcpy(to, from, ragged);
+    to += ragged, from += ragged, nbytes -= ragged;
+    for (; nbytes >= 64; to += 64, from += 64, nbytes -= 64) {
+        __m128i a = _mm_loadu_si128((const __m128i *)from);
+        __m128i b = _mm_loadu_si128((const __m128i *)(from + 16));
+        __m128i c = _mm_loadu_si128((const __m128i *)(from + 32));
+        __m128i d = _mm_loadu_si128((const __m128i *)(from + 48));
+        _mm_stream_si128((__m128i *)to, a);
+        _mm_stream_si128((__m128i *)(to + 16), b);
+        _mm_stream_si128((__m128i *)(to + 32), c);
+        _mm_stream_si128((__m128i *)(to + 48), d);
+    }
+    _mm_sfence(); /* before whatever tells the other side */
+#endif
+    memcpy(to, from, nbytes);
 }
 
 /* Send one byte, with a descriptor if `passed` is one. Returns 0 or -errno. */

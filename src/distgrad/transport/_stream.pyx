@@ -52,6 +52,7 @@ cdef extern from "<poll.h>" nogil:
 
 cdef extern from "transport/_shared.h" nogil:
     Py_ssize_t hear "distgrad_hear"(int fd, char *data, size_t nbytes, int *passed)
+    void copy_past_caches "distgrad_copy_past_caches"(char *to, const char *data, size_t nbytes)
 
 cdef extern from "transport/_wait.h":
     double now_s "distgrad_now"() noexcept nogil
@@ -59,6 +60,9 @@ cdef extern from "transport/_wait.h":
 cdef double CLOSE_FLUSH_S = 1.0        # what close gives the peer to take what is queued
 cdef Py_ssize_t NOTHING = -EAGAIN      # nothing to read now
 
+
+cdef enum:
+    PAST_CACHES = 8 * 1024 * 1024      # arrays from here on are copied past the caches
 
 cdef bytes APART_RECORD = bytes([APART_MARK]) + bytes(RECORD - 1)
 
@@ -193,7 +197,10 @@ cdef class StreamConnection(LaneOwner):
         data = self.arena.slots[slab].data
         with nogil:
             for i in range(1, parts.count):
-                memcpy(data, parts.pieces[i].iov_base, parts.pieces[i].iov_len)
+                if parts.pieces[i].iov_len >= PAST_CACHES:
+                    copy_past_caches(data, <char*>parts.pieces[i].iov_base, parts.pieces[i].iov_len)
+                else:
+                    memcpy(data, parts.pieces[i].iov_base, parts.pieces[i].iov_len)
                 data += parts.pieces[i].iov_len
         return Write([(<char*>&record)[:sizeof(record)], message], 0)
 
