@@ -14,6 +14,10 @@ CASES = [
     Case("echo_16mb", "echo of 16 MB, each way", "GB/s", 16 * MB),
     Case("echo_64mb", "echo of 64 MB, each way", "GB/s", 64 * MB),
     Case("echo_256mb", "echo of 256 MB, each way", "GB/s", 256 * MB),
+    Case("noop_p99", "empty function, slowest of 100 calls"),
+    Case("noop_p99_beside_1gb", "the same, while 1 GB is on its way in another call"),
+    Case("echo_small_crowded", "echo of float32[1], two more processes busy"),
+    Case("echo_16mb_crowded", "echo of 16 MB, two more processes busy", "GB/s", 16 * MB),
 ]
 SYSTEMS = [
     System("distgrad", ["distgrad_peer.py", "unix"]),

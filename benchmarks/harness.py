@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import datetime
 import json
 import os
@@ -139,6 +140,12 @@ class System:
             self.talk.close()
 
 
+def _end_with_harness() -> None:
+    """In a new process: have the kernel end it with the harness. Peers see to theirs themselves."""
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; MPI's launcher tidies up
+
+
 class Conversation:
     """A peer process and the JSON lines exchanged with it."""
 
@@ -150,6 +157,7 @@ class Conversation:
             stderr=None if os.environ.get("BENCH_VERBOSE") else subprocess.DEVNULL,
             cwd=PEERS,
             process_group=0,
+            preexec_fn=_end_with_harness,
         )
         self.requests: Any = self.process.stdin
         self.answers: Any = self.process.stdout
@@ -309,6 +317,7 @@ def parse_arguments(description: str, argv: Sequence[str] | None) -> argparse.Na
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="three short rounds, to try it out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements there")
+    parser.add_argument("--merge", action="store_true", help="keep FILE's other cases")
     parser.add_argument("--rounds", type=int, default=9, help="rounds that count (at least 7)")
     parser.add_argument("--seconds", type=float, default=0.3, help="time of a round")
     parser.add_argument("--cases", help="only these, comma-separated")
@@ -362,5 +371,24 @@ def main(
         print(f"failed: {where}: {error}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(measurements.as_json(), indent=1, ensure_ascii=False)
+        content = measurements.as_json()
+        if options.merge and options.json.exists():
+            content = merged(json.loads(options.json.read_text()), content, cases)
+        text = json.dumps(content, indent=1, ensure_ascii=False)
         options.json.write_text(text + "\n")
+
+
+def merged(old: dict[str, Any], new: dict[str, Any], cases: Sequence[Case]) -> dict[str, Any]:
+    """Put the cases of a run into an earlier result of the same machine."""
+    for key in ("cpu", "cores", "kernel", "python"):
+        if old["machine"][key] != new["machine"][key]:
+            raise ValueError(f"cannot merge results: {key} was {old['machine'][key]!r}")
+    found = {**old["cases"], **new["cases"]}
+    systems = {**old["systems"], **new["systems"]}
+    failures = {k: v for k, v in old["failures"].items() if k.split(":")[0] not in new["cases"]}
+    return {
+        **new,
+        "systems": systems,
+        "cases": {case.key: found[case.key] for case in cases if case.key in found},
+        "failures": {**failures, **new["failures"]},
+    }

@@ -31,6 +31,11 @@ def echo(value):
 
 
 @rpc.expose
+def size_of(value):
+    return len(value)
+
+
+@rpc.expose
 def double(value):
     return value * 2.0
 
@@ -133,6 +138,17 @@ class DistgradPeer(measure.Peer):
 
     def time_echo_256mb(self) -> None:
         rpc.rpc_sync("server", echo, args=(self.largest,))
+
+    def tail_noop_p99(self, budget_s: float) -> float:
+        return measure.tail(self.time_noop, budget_s)
+
+    def tail_noop_p99_beside_1gb(self, budget_s: float) -> float:
+        gigabyte = np.ones(2**30, np.uint8)
+
+        def transfer() -> None:
+            rpc.rpc_sync("server", size_of, args=(gigabyte,))
+
+        return measure.tail_beside(self.time_noop, transfer, budget_s)
 
     def time_remote_to_here(self) -> None:
         rpc.remote("server", echo, args=(self.small,)).to_here()

@@ -4,7 +4,7 @@ A peer is one system under measurement, run as a process of its own under the in
 that has the system installed; so this file needs the standard library alone. The harness
 writes one JSON request a line to standard input and reads one JSON answer a line:
 
-    {"case": "echo_small", "budget_s": 0.3}  ->  {"seconds": 1.2e-05, "samples": 20000}
+    {"case": "echo_small", "budget_s": 0.3}  ->  {"seconds": 1.2e-05}
 
 Before that the peer says once what it is: ``{"ready": version, "cases": [...]}`` or
 ``{"missing": reason}``. Between two requests a peer, its server included, is stopped by a
@@ -14,21 +14,37 @@ signal, for another system is being measured meanwhile; only MPI's stay awake, a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from statistics import median
-from time import perf_counter
+from statistics import median, quantiles
+from time import perf_counter, sleep
 from typing import Any
 
 #: Shortest time that one sample covers; faster calls are repeated inside a sample.
 SAMPLE_S = 10e-6
 #: Fewest samples of a round, however long one takes.
 MIN_SAMPLES = 3
+#: Fewest samples of a case that asks for the slowest one in a hundred.
+MIN_TAIL_SAMPLES = 300
+#: Ending of cases that are measured while two more processes are busy.
+CROWDED = "_crowded"
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, even if it is stopped then."""
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+die_with_parent()  # whatever ends the harness: no peer, server or MPI rank outlives it
 
 
 class Peer:
@@ -46,17 +62,64 @@ class Peer:
 
     @classmethod
     def cases(cls) -> list[str]:
-        return [name.removeprefix("time_") for name in dir(cls) if name.startswith("time_")]
+        """List what can be measured: ``time_`` repeats a method, ``tail_`` is its own loop."""
+        names = [name.partition("_") for name in dir(cls)]
+        found = [case for kind, _, case in names if kind in ("time", "tail")]
+        return found + [case + CROWDED for case in found if case in ("echo_small", "echo_16mb")]
 
 
-def measure(call: Callable[[], object], budget_s: float) -> tuple[float, int]:
-    """Median seconds of one call and the number of samples, over about ``budget_s`` seconds."""
+@contextlib.contextmanager
+def crowd(wanted: bool) -> Iterator[None]:
+    """Keep two processes busy meanwhile."""
+    busy = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=die_with_parent)
+        for _ in range(2 if wanted else 0)
+    ]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+def tail(call: Callable[[], object], budget_s: float, pause_s: float = 0.0005) -> float:
+    """Seconds that 99 of 100 calls stay below, a pause between each two."""
+    samples: list[float] = []
+    end = perf_counter() + budget_s
+    while len(samples) < MIN_TAIL_SAMPLES or perf_counter() < end:
+        samples.append(_timed(call, 1))
+        sleep(pause_s)
+    return quantiles(samples, n=100)[98]
+
+
+def tail_beside(
+    call: Callable[[], object], transfer: Callable[[], object], budget_s: float
+) -> float:
+    """The same, while another thread repeats ``transfer``."""
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.is_set():
+            transfer()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        return tail(call, budget_s)
+    finally:
+        over.set()
+        thread.join()
+
+
+def measure(call: Callable[[], object], budget_s: float) -> float:
+    """Median seconds of one call, over about ``budget_s`` seconds."""
     repeat = max(1, round(SAMPLE_S / min(_timed(call, 1) for _ in range(3))))
     samples: list[float] = []
     end = perf_counter() + budget_s
     while len(samples) < MIN_SAMPLES or perf_counter() < end:
         samples.append(_timed(call, repeat))
-    return median(samples), len(samples)
+    return median(samples)
 
 
 def _timed(call: Callable[[], object], repeat: int) -> float:
@@ -88,14 +151,21 @@ def serve(make: Callable[[], Peer]) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            call = getattr(peer, "time_" + request["case"])
-            with peer.awake(request["case"]):
-                seconds, samples = measure(call, request["budget_s"])
-            answer(seconds=seconds, samples=samples)
+            answer(seconds=run_case(peer, request["case"], request["budget_s"]))
         except Exception as error:
             traceback.print_exc()
             answer(error=f"{type(error).__name__}: {error}".splitlines()[0])
     peer.close()
+
+
+def run_case(peer: Peer, case: str, budget_s: float) -> float:
+    """Seconds of one repetition of a case."""
+    name = case.removesuffix(CROWDED)
+    with peer.awake(name), crowd(case != name):
+        if hasattr(peer, "tail_" + name):
+            seconds: float = getattr(peer, "tail_" + name)(budget_s)
+            return seconds
+        return measure(getattr(peer, "time_" + name), budget_s)
 
 
 def start_server(*arguments: str) -> subprocess.Popen[bytes]:

@@ -22,6 +22,10 @@ def echo(value):
     return value
 
 
+def size_of(value):
+    return len(value)
+
+
 def double(value):
     return value * 2.0
 
@@ -78,7 +82,7 @@ class TorchPeer(measure.Peer):
         from torch.distributed import rpc
 
         self.version = torch.__version__
-        self.rpc, self.dist_autograd = rpc, dist_autograd
+        self.torch, self.rpc, self.dist_autograd = torch, rpc, dist_autograd
         self.folder = tempfile.TemporaryDirectory(prefix="bench-torch-")
         self.server = measure.start_server("server", self.folder.name)
         join("client", self.folder.name)
@@ -140,6 +144,17 @@ class TorchPeer(measure.Peer):
 
     def time_echo_256mb(self) -> None:
         self.rpc.rpc_sync("server", echo, args=(self.largest,))
+
+    def tail_noop_p99(self, budget_s: float) -> float:
+        return measure.tail(self.time_noop, budget_s)
+
+    def tail_noop_p99_beside_1gb(self, budget_s: float) -> float:
+        gigabyte = self.torch.ones(2**30, dtype=self.torch.uint8)
+
+        def transfer() -> None:
+            self.rpc.rpc_sync("server", size_of, args=(gigabyte,))
+
+        return measure.tail_beside(self.time_noop, transfer, budget_s)
 
     def time_remote_to_here(self) -> None:
         self.rpc.remote("server", echo, args=(self.small,)).to_here()
