@@ -121,11 +121,16 @@ for degrees in (np.degrees, np.rad2deg):
     defvjp(degrees, lambda g, ans, x: g * (180.0 / np.pi), needs=("",))
 for radians in (np.radians, np.deg2rad):
     defvjp(radians, lambda g, ans, x: g * (np.pi / 180.0), needs=("",))
-defvjp(
-    np.sinc,
-    lambda g, ans, x: g * np.where(x == 0, 0, (np.cos(np.pi * x) - ans) / np.where(x == 0, 1, x)),
-    needs=("xa",),
-)
+
+
+def sinc_rule(g: Any, ans: Any, x: Any) -> Any:
+    """Around 0, where the quotient has no value, the slope is that of the parabola."""
+    zero = np.equal(x, 0)
+    slope = (np.cos(np.pi * x) - ans) / np.where(zero, 1, x)
+    return g * conj(np.where(zero, -(np.pi**2) / 3 * x, slope))
+
+
+defvjp(np.sinc, sinc_rule, needs=("xa",))
 
 
 # ------------------------------------------------------------ kinks and steps
@@ -134,6 +139,15 @@ defvjp(
 def absolute_sign(g: Any, ans: Any, x: Any) -> Any:
     """Gradient of the absolute value: the sign, for complex x its direction."""
     return g * np.sign(x)
+
+
+def turn_rule(g: Any, ans: Any, x: Any) -> Any:
+    """Gradient of the sign: none, but of the direction of complex x what is across to it."""
+    if x.dtype.kind != "c":
+        return np.zeros_like(g)
+    size = np.absolute(x)
+    across = g - ans * np.real(g * conj(ans))
+    return np.where(size == 0, 0, across / np.where(size == 0, 1, size))
 
 
 def share(g: Any, first: Any, second: Any) -> Any:
@@ -173,7 +187,8 @@ defvjp(
     None,
     needs=("xy",),
 )
-for step in (np.sign, np.floor, np.ceil, np.trunc, np.rint):
+defvjp(np.sign, turn_rule, needs=("xa",))
+for step in (np.floor, np.ceil, np.trunc, np.rint):
     defvjp(step, lambda g, ans, x: np.zeros_like(g), needs=("",))
 defvjp(np.round, lambda g, ans, x, decimals=0: np.zeros_like(g), needs=("",))
 defvjp(

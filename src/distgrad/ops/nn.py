@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from distgrad.ops.indexing import plain
-from distgrad.ops.registry import defvjp, spread
+from distgrad.ops.registry import conj, defvjp, spread
 
 __all__ = [
     "cross_entropy",
@@ -44,6 +44,11 @@ def _softmax(x: Any, axis: int = -1) -> Any:
     return weights / np.sum(weights, axis=axis, keepdims=True)
 
 
+def _softmax_rule(g: Any, ans: Any, x: Any, axis: int = -1) -> Any:
+    weights = conj(ans)
+    return weights * (g - np.sum(g * weights, axis=axis, keepdims=True))
+
+
 def _log_softmax(x: Any, axis: int = -1) -> Any:
     return x - _logsumexp(x, axis, keepdims=True)
 
@@ -52,7 +57,9 @@ def _log_softmax(x: Any, axis: int = -1) -> Any:
 relu = defvjp(_relu, lambda g, ans, x: g * np.greater(ans, 0), needs=("a",), name="relu")
 
 #: 1 / (1 + exp(-x)).
-sigmoid = defvjp(_sigmoid, lambda g, ans, x: g * ans * (1 - ans), needs=("a",), name="sigmoid")
+sigmoid = defvjp(
+    _sigmoid, lambda g, ans, x: g * conj(ans * (1 - ans)), needs=("a",), name="sigmoid"
+)
 
 #: log(1 + exp(x)).
 softplus = defvjp(
@@ -66,24 +73,19 @@ softplus = defvjp(
 logsumexp = defvjp(
     _logsumexp,
     lambda g, ans, x, axis=None, keepdims=False: (
-        spread(g, x.ndim, axis, keepdims) * np.exp(x - spread(ans, x.ndim, axis, keepdims))
+        spread(g, x.ndim, axis, keepdims) * conj(np.exp(x - spread(ans, x.ndim, axis, keepdims)))
     ),
     needs=("xa",),
     name="logsumexp",
 )
 
 #: exp(x) / sum(exp(x)) along one axis.
-softmax = defvjp(
-    _softmax,
-    lambda g, ans, x, axis=-1: ans * (g - np.sum(g * ans, axis=axis, keepdims=True)),
-    needs=("a",),
-    name="softmax",
-)
+softmax = defvjp(_softmax, _softmax_rule, needs=("a",), name="softmax")
 
 #: Logarithm of `softmax`.
 log_softmax = defvjp(
     _log_softmax,
-    lambda g, ans, x, axis=-1: g - np.exp(ans) * np.sum(g, axis=axis, keepdims=True),
+    lambda g, ans, x, axis=-1: g - conj(np.exp(ans)) * np.sum(g, axis=axis, keepdims=True),
     needs=("a",),
     name="log_softmax",
 )
@@ -112,7 +114,7 @@ def _cross_entropy_rule(g: Any, ans: Any, logits: Any, labels: Any, reduction: s
     weight = np.expand_dims(g, -1) if reduction == "none" else g
     if reduction == "mean":
         weight = weight / max(labels.size, 1)
-    return weight * (softmax(logits) - hits)
+    return weight * (conj(softmax(logits)) - hits)
 
 
 _CROSS_ENTROPY = defvjp(
