@@ -87,10 +87,13 @@ def test_wheel_holds_no_sources_of_extensions_and_no_tests(wheel_names: set[str]
     assert [n for n in wheel_names if n.endswith((".c", ".pyx", ".h")) or "tests/" in n] == []
 
 
-def test_wheel_installs_into_an_empty_environment_and_works(built: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["whl", "tar.gz"])
+def test_distribution_installs_into_an_empty_environment_and_works(
+    built: Path, tmp_path: Path, kind: str
+) -> None:
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
-    run(python, "-m", "pip", "install", "-q", next(built.glob("*.whl")), cwd=tmp_path)
+    run(python, "-m", "pip", "install", "-q", next(built.glob(f"*.{kind}")), cwd=tmp_path)
     shown = run(python, "-W", "error", SMOKE, cwd=tmp_path)
     assert f"distgrad at {tmp_path}" in shown
     assert "numpy" in run(tmp_path / "env" / "bin" / "distgrad", "doctor", cwd=tmp_path)
