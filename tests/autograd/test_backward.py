@@ -13,7 +13,7 @@ from numpy.testing import assert_array_equal
 import distgrad as dg
 from distgrad import autograd as dist_autograd
 from distgrad import rpc
-from distgrad.errors import BackwardError, GraphError, RpcTimeoutError
+from distgrad.errors import BackwardError, ContextError, GraphError, RpcTimeoutError
 from distgrad.testing import World
 
 
@@ -347,6 +347,9 @@ def test_backward_of_this_worker_alone_refuses_what_came_from_another(threads: W
             loss = rpc.rpc_sync(1, np.multiply, (x, 2.0)).sum()
             with pytest.raises(GraphError, match="leads to another worker"):
                 loss.backward()
+        with pytest.raises(ContextError, match=r"was finished .* ago") as caught:
+            loss.backward()
+        assert "a tensor that worker 1 sent in that context" in caught.value.__notes__[0]
         assert x.grad is None
 
     threads.run(act)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 
 import distgrad as dg
+from distgrad.config import config
 
 
 def leaf(*values: float) -> dg.Tensor:
@@ -28,6 +30,35 @@ def test_write_to_saved_argument_names_both_operations() -> None:
     with pytest.raises(
         dg.GraphError, match=r"MultiplyBackward.*modified afterwards by __setitem__"
     ):
+        y.backward()
+
+
+def test_write_to_leaf_names_both_lines_where_the_graph_is_traced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(config, "trace_graph", True)
+    x = leaf(1.0)
+    y = x * x
+    with dg.no_grad():
+        x += 1
+    here = test_write_to_leaf_names_both_lines_where_the_graph_is_traced.__code__
+    first, second = (
+        f"{re.escape(__file__)}:{here.co_firstlineno + lines} in {here.co_name}" for lines in (5, 7)
+    )
+    with pytest.raises(
+        dg.GraphError,
+        match=f"a value it saved for multiply at {first} was modified afterwards by "
+        f"__iadd__ at {second}",
+    ):
+        y.backward()
+
+
+def test_write_to_leaf_says_how_to_learn_the_lines() -> None:
+    x = leaf(1.0)
+    y = x * x
+    with dg.no_grad():
+        x += 1
+    with pytest.raises(dg.GraphError, match=r"by __iadd__\n.*DISTGRAD_TRACE_GRAPH=1"):
         y.backward()
 
 

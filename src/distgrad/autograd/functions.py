@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from distgrad._core import Node, Tensor, gradient_edge
+from distgrad.rpc.activity import worker_or_none
 
 __all__ = ["RecvRpcBackward", "SendRpcBackward"]
 
@@ -99,3 +100,12 @@ class RecvRpcBackward(Node):
         self.message_id = message_id
         self.peer = peer
         self.context_id = context_id
+
+    def refusal(self) -> Exception:
+        """Return the error of a pass on this worker alone; it says if the context is finished."""
+        worker = worker_or_none()
+        if worker is None or self.context_id in (engine := worker.extensions["autograd"]).parts:
+            return super().refusal()
+        error: Exception = engine.missing(self.context_id)
+        error.add_note(f"backward leads to a tensor that worker {self.peer} sent in that context")
+        return error

@@ -113,10 +113,11 @@ cdef int check_saved(OpNode node) except -1:
         writes += node.storage.writes
         writer = node.storage.writer or writer
     if writes != node.writes:
+        site = "" if node.hooks is None else node.hooks.notes.get(RECORDED_AT, "")
         raise GraphError(
-            f"cannot run backward through {node.name()}: a value it saved for {node.op.name} "
-            f"was modified afterwards by {writer}",
-            hint="write into a copy: tensor.clone()",
+            f"cannot run backward through {node.name()}: a value it saved for {node.op.name}"
+            f"{' at ' + site if site else ''} was modified afterwards by {writer}",
+            hint="write into a copy: tensor.clone(); DISTGRAD_TRACE_GRAPH=1 shows both lines",
         )
     return 0
 
@@ -451,11 +452,7 @@ cdef class GraphTask:
         cdef int i
         for i in range(self.n_visits):
             if (<Node>self.visits[i].node).boundary:
-                name = (<Node>self.visits[i].node).name()
-                raise GraphError(
-                    f"cannot run backward on this worker alone: {name} leads to another worker",
-                    hint="use distgrad.autograd.backward(context_id, roots) in the context",
-                )
+                raise (<object>self.visits[i].node).refusal()
         return 0
 
     def run(self):

@@ -310,6 +310,13 @@ cdef class Node:
         """
         raise NotImplementedError(f"cannot run {self.name()}: it has no apply")
 
+    def refusal(self):
+        """Return the error of a pass on this worker alone that would reach this boundary."""
+        return GraphError(
+            f"cannot run backward on this worker alone: {self.name()} leads to another worker",
+            hint="use distgrad.autograd.backward(context_id, roots) in the context",
+        )
+
     def release(self):
         """Drop saved values; called after `apply` in a pass that does not retain the graph."""
 
@@ -866,5 +873,5 @@ cdef int share_storage(TensorBase view, TensorBase base) except -1:
 cdef int mark_written(TensorBase tensor, str writer) except -1:
     cdef Storage storage = storage_of(tensor)
     storage.writes += 1
-    storage.writer = writer
+    storage.writer = f"{writer} at {call_site()}" if tracing else writer
     return 0
