@@ -11,6 +11,7 @@ times; what a run without it costs is subtracted. Counts are kept by version of 
 from __future__ import annotations
 
 import argparse
+import contextvars
 import json
 import os
 import platform
@@ -99,7 +100,7 @@ def worker_without_threads() -> Any:
     from distgrad.rpc.options import RpcBackendOptions
     from distgrad.rpc.worker import Worker
     from distgrad.rpc.world import Member, World
-    from distgrad.transport._stream import Poller
+    from distgrad.transport._poller import Poller
 
     members = [Member(f"worker{i}", i, 1, "", "", ()) for i in range(2)]
     worker = Worker(World(members, 0, None), RpcBackendOptions(), Poller())
@@ -111,8 +112,6 @@ def worker_without_threads() -> Any:
 
 def make_call() -> Call:
     """Make a call, and take its answer in; without a transport."""
-    import contextvars
-
     import numpy as np
 
     from distgrad import rpc
@@ -134,8 +133,6 @@ def make_call() -> Call:
 
 def serve_call() -> Call:
     """Take a call in, run an empty function, and answer; without a transport."""
-    import contextvars
-
     import numpy as np
 
     from distgrad import rpc
@@ -155,6 +152,94 @@ def serve_call() -> Call:
     return call
 
 
+def two_workers() -> Any:
+    """Return two workers of this process, the first the current one, both run by this thread.
+
+    They are connected as any workers of one process. While the first one waits, its ticks
+    do what the threads of the second one would.
+    """
+    from distgrad.config import config
+    from distgrad.rpc import extensions
+    from distgrad.rpc.activity import Activity, activity
+    from distgrad.rpc.options import RpcBackendOptions
+    from distgrad.rpc.worker import Worker
+    from distgrad.rpc.world import Member, World
+    from distgrad.transport._poller import Poller
+    from distgrad.transport.registry import transport_for
+
+    workers: list[Any] = []
+
+    def listen(i: int, poller: Any) -> Any:
+        return transport_for("inproc").listen(
+            poller,
+            lambda uid: workers[i].world.handshake(connecting=False, peer_uid=uid),
+            lambda connection, identity: workers[i].agent.links.accept(connection, identity),
+            secure=False,
+        )
+
+    config.spin_us = 0.0  # who spins counts the time, not the work
+    pollers = [Poller(), Poller()]
+    listeners = [listen(i, poller) for i, poller in enumerate(pollers)]
+    members = [Member(f"worker{i}", i, 1, "", "", (listeners[i].address,)) for i in range(2)]
+    for i, poller in enumerate(pollers):
+        worker = Worker(World(members, i, None), RpcBackendOptions(), poller)
+        extensions.install(worker)
+        worker.agent.links.listeners = listeners
+        worker.agent.crew.watched = True  # so that no thread comes to do it
+        workers.append(worker)
+    workers[0].agent.ticks.append(lambda now: serve(workers[1]))
+    workers[0].agent.tick_by(0.0)
+    activity.set(Activity(workers[0]))
+    return workers
+
+
+def serve(worker: Any) -> float:
+    """Do all that a worker has to do now; as a tick, ask to be called again at once."""
+    if events := worker.agent.crew.poller.poll(0.0, True):
+        worker.agent.on_events(events)
+    while worker.agent.crew.backlog:
+        contextvars.Context().run(worker.agent.crew.backlog.popleft())
+    return 0.0
+
+
+def call_and_answer() -> Call:
+    """Call an empty function on another worker; both ends."""
+    import numpy as np
+
+    from distgrad import rpc
+
+    rpc.expose(echo)
+    two_workers()
+    context, value = contextvars.copy_context(), np.ones(1, np.float32)
+    return lambda: context.run(rpc.rpc_sync, 1, echo, (value,))
+
+
+def backward_over_hops(hops: int) -> Call:
+    """Return a pass over the graph of calls in a row; each of them is two hops."""
+    import distgrad as dg
+    from distgrad import autograd, rpc
+
+    rpc.expose(echo)
+    two_workers()
+    autograd_context = autograd.context()
+    autograd_context.__enter__()
+    value = dg.ones(1, requires_grad=True)
+    for _ in range(hops // 2):
+        value = rpc.rpc_sync(1, echo, (value,))
+    context = contextvars.copy_context()
+    return lambda: context.run(autograd.backward, autograd_context, [value], retain_graph=True)
+
+
+def backward_2_hops() -> Call:
+    """Run a backward pass to another worker and back; both ends."""
+    return backward_over_hops(2)
+
+
+def backward_42_hops() -> Call:
+    """The same to and fro 21 times."""
+    return backward_over_hops(42)
+
+
 #: How often each is repeated: two processes differ by some 10^5 instructions for other reasons.
 CASES = {
     encode_arguments: 20000,
@@ -164,8 +249,14 @@ CASES = {
     backward_chain: 1000,
     make_call: 10000,
     serve_call: 10000,
+    call_and_answer: 10000,
+    backward_2_hops: 2000,
+    backward_42_hops: 200,
 }
 NAMES = {prepare.__name__: prepare for prepare in CASES}
+TITLES = {name: prepare.__doc__ for name, prepare in NAMES.items()} | {
+    "hop": "One hop of a backward pass: the difference of the two, by 40"
+}
 
 
 def run_here(measured: str) -> None:
@@ -196,12 +287,14 @@ def count(measured: str) -> int:
 
 
 def count_all() -> dict[str, int]:
-    """Return the instructions of one call of every case."""
+    """Return the instructions of one call of every case, and those of a further hop."""
     base = count("nothing")
-    return {
+    counts = {
         prepare.__name__: round((count(prepare.__name__) - base) / times)
         for prepare, times in CASES.items()
     }
+    counts["hop"] = round((counts["backward_42_hops"] - counts["backward_2_hops"]) / 40)
+    return counts
 
 
 def compare(counted: dict[str, int], known: dict[str, int]) -> bool:
@@ -211,7 +304,7 @@ def compare(counted: dict[str, int], known: dict[str, int]) -> bool:
         before = known.get(name)
         change = "" if before is None else f"{instructions / before - 1:+8.1%}"
         worse |= before is not None and instructions > before * (1 + TOLERANCE)
-        print(f"{NAMES[name].__doc__:<64}{instructions:>10,}{change}")
+        print(f"{TITLES[name]:<64}{instructions:>10,}{change}")
     return worse
 
 
