@@ -43,6 +43,9 @@ MODULES = {
     "distgrad.autograd.protocol": "src/distgrad/autograd/protocol.py",
     "distgrad.autograd.pass_table": "src/distgrad/autograd/pass_table.py",
     "distgrad.autograd.part": "src/distgrad/autograd/part.py",
+    "distgrad.autograd.functions": "src/distgrad/autograd/functions.py",
+    "distgrad.autograd.context": "src/distgrad/autograd/context.py",
+    "distgrad.autograd.tombstones": "src/distgrad/autograd/tombstones.py",
     "distgrad.autograd.recording": "src/distgrad/autograd/recording.py",
     "distgrad.autograd.engine": "src/distgrad/autograd/engine.py",
 }

@@ -11,7 +11,8 @@ from distgrad.autograd.context import DistAutogradContext, current
 from distgrad.autograd.engine import Engine
 from distgrad.autograd.recording import Recorder
 from distgrad.errors import ContextError
-from distgrad.rpc import Worker, current_worker
+from distgrad.rpc import Worker
+from distgrad.rpc._exchange import current_extension
 
 __all__ = [
     "backward",
@@ -33,7 +34,7 @@ def install(worker: Worker) -> None:
 
 
 def _engine() -> Engine:
-    engine: Engine = current_worker().extensions["autograd"]
+    engine: Engine = current_extension("autograd")
     return engine
 
 

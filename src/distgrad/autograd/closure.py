@@ -32,39 +32,45 @@ class Closure:
         because they were lost before it began. Workers that were not reached may report.
     missing
         Workers that take part and have not reported.
+    partial
+        Whether a worker that takes part left somebody out.
     """
 
-    __slots__ = ("missing", "reached", "reports")
+    __slots__ = ("missing", "partial", "reached", "reports")
 
     def __init__(self, root: int) -> None:
         self.reached = {root}
         self.missing = {root}
+        self.partial = False
         self.reports: dict[int, Iterable[int]] = {}
 
     def take(self, reports: Sequence[int]) -> None:
         """Take in reports, as `report_of` makes them, one behind the other."""
-        start = 0
-        while start < len(reports):
-            end = start + 2 + reports[start + 1]
-            if end > len(reports):
+        start, count = 0, len(reports)
+        while start < count:
+            end = start + 2 + (reports[start + 1] if start + 1 < count else count)
+            if not start + 2 <= end <= count:
                 raise ProtocolError("cannot read the reports of a pass: they end too early")
             self.report(reports[start], reports[start + 2 : end])
             start = end
 
     def report(self, sender: int, peers: Iterable[int]) -> None:
         """Take in the report of a worker, once."""
-        if sender in self.reports:
+        reports, reached, missing = self.reports, self.reached, self.missing
+        if sender in reports:
             return
-        self.reports[sender] = peers
-        todo = [sender] if sender in self.missing else []
+        reports[sender] = peers
+        todo = [sender] if sender in missing else []
         while todo:
             worker = todo.pop()
-            self.missing.discard(worker)
-            for peer in self.reports[worker]:
-                if peer >= 0 and peer not in self.reached:
-                    self.reached.add(peer)
-                    self.missing.add(peer)
-                    if peer in self.reports:
+            missing.discard(worker)
+            for peer in reports[worker]:
+                if peer < 0:
+                    self.partial = True
+                elif peer not in reached:
+                    reached.add(peer)
+                    missing.add(peer)
+                    if peer in reports:
                         todo.append(peer)
 
     def left_out(self) -> set[int]:

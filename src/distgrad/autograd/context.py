@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """Autograd contexts as users see them."""
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from weakref import ref
 
 from distgrad._core import GradientTable, Tensor
 from distgrad.autograd.functions import RecvRpcBackward, SendRpcBackward
-from distgrad.autograd.part import Host, Part
+from distgrad.autograd.part import Host, Part, Run
 from distgrad.rpc import register_type
 
 if TYPE_CHECKING:
@@ -42,6 +43,15 @@ class ContextPart(Part):
         self.gradients = GradientTable()
         self.roots: list[ref[Tensor]] = []
 
+    def drain(self, run: Run) -> None:
+        """Take the events of a pass; hooks and rules that make calls stay in the context."""
+        outer = current.get()
+        current.set(self)
+        try:
+            Part.drain(self, run)
+        finally:
+            current.set(outer)
+
 
 #: The context of the current thread or task, as the part of its worker.
 current: ContextVar[ContextPart | None] = ContextVar("distgrad_autograd_context", default=None)
@@ -59,17 +69,16 @@ class DistAutogradContext(int):
     """
 
     _part: ContextPart
-    _outer: list[ContextPart | None]
+    _outer: ContextPart | None
 
     def __new__(cls, part: ContextPart) -> Self:
         self = super().__new__(cls, part.context_id)
         self._part = part
-        self._outer = []
         return self
 
     def __enter__(self) -> Self:
         self._part.host.open(self._part)
-        self._outer.append(current.get())
+        self._outer = current.get()
         current.set(self._part)
         return self
 
@@ -79,7 +88,7 @@ class DistAutogradContext(int):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        current.set(self._outer.pop())
+        current.set(self._outer)
         self._part.host.release(self._part.context_id)
 
     @contextmanager

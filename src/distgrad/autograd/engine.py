@@ -7,20 +7,27 @@ import itertools
 import threading
 import time
 from collections.abc import Collection, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
-from distgrad import message as messages
 from distgrad._core import GraphTask, Tensor
-from distgrad.autograd.context import ContextPart, DistAutogradContext, current
+from distgrad.autograd.context import ContextPart, DistAutogradContext
 from distgrad.autograd.part import Part, Run
 from distgrad.autograd.roots import failure, seeds
-from distgrad.autograd.terms import COMPLETE, INTO_GRAD, LATE, RETAIN, Message, worker_of
+from distgrad.autograd.terms import COMPLETE, INTO_GRAD, LATE, RETAIN, Message, made, worker_of
 from distgrad.autograd.tombstones import Tombstones
 from distgrad.autograd.waiting import why_waiting
 from distgrad.errors import ContextError, RpcTimeoutError, TransportError
-from distgrad.message import CleanupContext, JoinContext, PassAbort
+from distgrad.message import (
+    KINDS,
+    CleanupContext,
+    JoinContext,
+    PassAbort,
+    PassBegin,
+    PassComplete,
+    PassEnd,
+    PropagateGradients,
+)
 from distgrad.rpc import Future, Worker, deadline
 from distgrad.rpc.failures import describe
 
@@ -33,12 +40,13 @@ __all__ = ["Engine"]
 _REPORT_S = 0.5
 
 _PASS_MESSAGES: tuple[Any, ...] = (
-    messages.PropagateGradients,
-    messages.PassBegin,
-    messages.PassComplete,
-    messages.PassEnd,
-    messages.PassAbort,
+    PropagateGradients,
+    PassBegin,
+    PassComplete,
+    PassEnd,
+    PassAbort,
 )
+_CLEANUP = CleanupContext()
 
 
 class Engine:
@@ -59,6 +67,7 @@ class Engine:
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
+        self._agent = worker.agent
         self.worker_id = worker.id
         self.lost: Collection[int] = worker.agent.links.lost
         self.parts: dict[int, ContextPart] = {}
@@ -70,7 +79,7 @@ class Engine:
         self.message_ids = itertools.count(first)
         self._newest = first - 1
         for kind in _PASS_MESSAGES:
-            worker.register(kind, partial(self._on_pass_message, kind), inline=True)
+            worker.register(kind, self._on_pass_message, inline=True)
         worker.register(CleanupContext, self._on_cleanup, inline=True)
         worker.register(JoinContext, self._on_join, inline=True)
         worker.on_lost.append(self._on_lost)
@@ -150,12 +159,12 @@ class Engine:
         part.release()
         for peer in part.known:
             if peer != sender and peer != self.worker_id:
-                self._post(peer, CleanupContext(), context_id)
+                self._post(peer, _CLEANUP, context_id)
 
     def _post(self, to: int, body: Any, context_id: int) -> None:
         """Tell a peer, if it is still there to be told."""
         try:
-            self.worker.post(to, body, context_id=context_id)
+            self._agent.tell(to, body, context_id)
         except TransportError:
             return
 
@@ -167,7 +176,7 @@ class Engine:
         if part is not None:
             part.known.add(sender)
         else:
-            self._post(sender, CleanupContext(), frame.context_id)
+            self._post(sender, _CLEANUP, frame.context_id)
 
     def _on_lost(self, peer: int, why: Exception) -> None:
         for part in list(self.parts.values()):
@@ -194,30 +203,28 @@ class Engine:
 
     def post(self, part: Part, to: int, message: Message) -> None:
         """Send a message of a pass."""
-        self.worker.post(to, message, context_id=part.context_id)
+        self._agent.tell(to, message, part.context_id)
 
     def schedule(self, part: Part, run: Run) -> None:
         """Have the events of a pass taken by the thread that waits for it, or another."""
-        self.worker.submit(partial(_drain, part, run), ("backward", run.pass_id))
+        self._agent.submit(run, -run.pass_id)
 
     def build(self, part: Part, run: Run, sends: Collection[Any]) -> GraphTask:
         """Return the graph of a pass."""
-        assert isinstance(part, ContextPart)
+        owner: Any = part
         return GraphTask(
             run.roots,
             sends=sends,
             retain_graph=bool(run.flags & RETAIN),
-            table=None if run.flags & INTO_GRAD else part.gradients,
+            table=None if run.flags & INTO_GRAD else owner.gradients,
         )
 
     def describe(self, pass_id: int, error: BaseException, node: str, site: str = "") -> PassAbort:
         """Return the message that tells of a failure on this worker."""
         return PassAbort(pass_id, node, site, tuple(describe(error, self.worker.name)))
 
-    def _on_pass_message(
-        self, kind: Any, worker: Worker, sender: int, frame: Frame, body: Any
-    ) -> None:
-        message = kind(*body)
+    def _on_pass_message(self, worker: Worker, sender: int, frame: Frame, body: Any) -> None:
+        message = made(KINDS[frame.kind], body)
         part = self.part(frame.context_id)
         if part is not None and part.receive(sender, message):
             return
@@ -242,13 +249,8 @@ class Engine:
         starts = seeds(roots, grads)
         part.roots = [ref(root) for root in roots]
         pass_id = next(self._pass_ids)
-        outcome = Future(chain=("backward", pass_id), agent=self.worker.agent)
-        outer = current.get()
-        current.set(part)
-        try:
-            run = part.start(pass_id, flags, starts, outcome.set_result)
-        finally:
-            current.set(outer)
+        outcome = Future(chain=-pass_id, agent=self._agent)
+        run = part.start(pass_id, flags, starts, outcome.set_result)
         if not outcome.done():
             _await(part, run, outcome, _patience(timeout))
         cause = outcome.wait()
@@ -278,12 +280,6 @@ class Engine:
             "autograd.sends": sum(len(part.sends) for part in list(self.parts.values())),
             "autograd.recvs": sum(len(part.recvs) for part in list(self.parts.values())),
         }
-
-
-def _drain(part: Part, run: Run) -> None:
-    assert isinstance(part, ContextPart)
-    current.set(part)
-    part.drain(run)
 
 
 def _flags(retain_graph: bool, create_graph: bool, accumulate_into: str) -> int:

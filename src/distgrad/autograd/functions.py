@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """The nodes at the two ends of a message of the forward pass."""
 
 from __future__ import annotations
@@ -5,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from distgrad._core import Node, Tensor, gradient_edge
+from distgrad._core import Tensor, gradient_edge
+from distgrad.graph._node import Node
 from distgrad.rpc.activity import worker_or_none
 
 __all__ = ["RecvRpcBackward", "SendRpcBackward"]

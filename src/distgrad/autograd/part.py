@@ -6,7 +6,8 @@ order of arrival and are taken by one thread at a time; whoever queues one for a
 nobody is busy with schedules a drain.
 
 Invariants
-    1. A recv is in the snapshot of a pass, or the pass is told of it afterwards.
+    1. A recv is in the snapshot of a pass, or the pass is told of it afterwards, or both. So
+       it is added first and then looks for passes, without the lock, as sends are.
     2. `Run.busy` is set exactly while a drain is scheduled or running.
     3. No lock is held while the graph runs: hooks and rules may call out.
 """
@@ -14,9 +15,7 @@ Invariants
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Collection
-from functools import partial
 from typing import Any, Protocol
 
 from distgrad.autograd.pass_table import PassTable
@@ -26,7 +25,7 @@ from distgrad.message import PassAbort
 
 __all__ = ["Host", "Part", "Run"]
 
-Event = tuple[Callable[..., None], tuple[Any, ...]]
+Event = tuple[str, tuple[Any, ...]]  # name of a method of the pass, its arguments
 
 
 class Host(Protocol):
@@ -41,7 +40,7 @@ class Host(Protocol):
     def schedule(self, part: Part, run: Run) -> None:
         """Have ``part.drain(run)`` called soon, on another thread or later."""
 
-    def build(self, part: Part, run: Run, sends: Collection[Any]) -> Graph:
+    def build(self, part: Any, run: Run, sends: Collection[Any]) -> Graph:
         """Return the graph of a pass."""
 
     def missing(self, context_id: int) -> Exception:
@@ -59,6 +58,8 @@ class Run(BackwardPass):
 
     Attributes
     ----------
+    part
+        Whose pass it is; None until it begins or is scheduled.
     roots
         At the root worker: what the graph starts from.
     done
@@ -71,7 +72,7 @@ class Run(BackwardPass):
         The exception that failed the pass on this worker, if it was here.
     """
 
-    __slots__ = ("begun", "busy", "done", "error", "events", "roots")
+    __slots__ = ("begun", "busy", "done", "error", "events", "part", "roots")
 
     def __init__(self, worker: int, pass_id: int, flags: int) -> None:
         super().__init__(worker, pass_id, flags)
@@ -81,6 +82,27 @@ class Run(BackwardPass):
         self.roots: Any = ()
         self.done: Callable[[PassAbort | None], None] | None = None
         self.error: BaseException | None = None
+        self.part: Part | None = None
+
+    def build(self) -> Graph:
+        """Return the graph from the roots of this worker and its sends."""
+        part = self.part
+        assert part is not None
+        return part.host.build(part, self, self._sends.values())
+
+    def leave(self) -> None:
+        """Leave the pass because the context is finished here."""
+        part = self.part
+        assert part is not None
+        if self.state is not OVER and self.state is not FAILED:
+            self.error = part.host.missing(part.context_id)
+            self.on_released(part.host.describe(self.pass_id, self.error, ""))
+
+    def __call__(self) -> None:
+        """Take the events; what `Host.schedule` has called."""
+        part = self.part
+        assert part is not None
+        part.drain(self)
 
 
 class Part:
@@ -114,34 +136,36 @@ class Part:
         self.recvs: dict[int, Any] = {}
         self.known: set[int] = set()
         self.released = False
-        self.table: PassTable[Run] = PassTable(host.worker_id, Run)
-        self._doubted: set[int] = set()
+        self.table = PassTable(host.worker_id, Run)
+        self._doubted: set[int] | None = None
 
     # --- forward -----------------------------------------------------------------------
 
     def record_send(self, node: Boundary) -> None:
         """Add a message that is about to leave."""
-        with self.lock:
-            self.sends[node.message_id] = node
+        self.sends[node.message_id] = node
 
     def record_recv(self, node: Boundary) -> None:
         """Add a message that arrived; passes that have begun answer none for it."""
-        with self.lock:
-            self.recvs[node.message_id] = node
-            self._tell_begun(BackwardPass.on_recorded, node.message_id, node.peer)
+        self.recvs[node.message_id] = node
+        if self.table.passes:
+            with self.lock:
+                self._tell_begun("on_recorded", (node.message_id, node.peer))
 
     def drop_send(self, message_id: int) -> None:
         """Take back a message that never left."""
         with self.lock:
             if self.sends.pop(message_id, None) is not None:
-                self._tell_begun(BackwardPass.on_undelivered, message_id)
+                self._tell_begun("on_undelivered", (message_id,))
 
     def doubt_send(self, message_id: int) -> None:
         """Note that the receiver may never record a message."""
         with self.lock:
             if message_id in self.sends:
+                if self._doubted is None:
+                    self._doubted = set()
                 self._doubted.add(message_id)
-                self._tell_begun(BackwardPass.on_uncertain, message_id)
+                self._tell_begun("on_uncertain", (message_id,))
 
     # --- passes ------------------------------------------------------------------------
 
@@ -152,8 +176,8 @@ class Part:
         with self.lock:
             if self.released:
                 raise self.host.missing(self.context_id)
-            run = self.table.open(pass_id, flags)
-            run.roots, run.done, run.busy = roots, done, True
+            run: Run = self.table.open(pass_id, flags)
+            run.part, run.roots, run.done, run.busy = self, roots, done, True
             ends = self.table.all_ends()
         for peer, end in ends:
             self._post(peer, end)
@@ -165,9 +189,9 @@ class Part:
         with self.lock:
             if self.released:
                 return False
-            run = self.table.route(message)
+            run: Run | None = self.table.route(message)
             if run is not None:
-                self._queue(run, BackwardPass.handle, sender, message)
+                self._queue(run, "handle", (sender, message))
                 return True
             answer = self.table.answer(message)
         if answer is not None:
@@ -180,7 +204,7 @@ class Part:
         with self.lock:
             if run.pass_id in self.table.passes:
                 run.error = error
-                self._queue(run, BackwardPass.fail, cause)
+                self._queue(run, "fail", (cause,))
 
     def lose(self, peer: int, error: BaseException) -> None:
         """Tell the passes that a worker is gone; it is among the lost of the host already."""
@@ -188,7 +212,7 @@ class Part:
             for run in self.table.passes.values():
                 if run.begun:
                     cause = self.host.describe(run.pass_id, error, "")
-                    self._queue(run, BackwardPass.on_lost, peer, cause)
+                    self._queue(run, "on_lost", (peer, cause))
 
     def release(self) -> None:
         """Finish the context here; passes whose part here is not complete fail."""
@@ -197,22 +221,18 @@ class Part:
             self.sends, self.recvs = {}, {}
             for run in self.table.passes.values():
                 if run.busy or run.state is not COMPLETE or run.root == run.worker:
-                    self._queue(run, self._leave)
+                    self._queue(run, "leave", ())
 
-    def _leave(self, run: Run) -> None:
-        if run.state is not OVER and run.state is not FAILED:
-            run.error = self.host.missing(self.context_id)
-            run.on_released(self.host.describe(run.pass_id, run.error, ""))
-
-    def _tell_begun(self, method: Callable[..., None], *args: Any) -> None:
+    def _tell_begun(self, method: str, args: tuple[Any, ...]) -> None:
         for run in self.table.passes.values():
             if run.begun:
-                self._queue(run, method, *args)
+                self._queue(run, method, args)
 
-    def _queue(self, run: Run, method: Callable[..., None], *args: Any) -> None:
+    def _queue(self, run: Run, method: str, args: tuple[Any, ...]) -> None:
         run.events.append((method, args))  # called with the run, then these
         if not run.busy:
             run.busy = True
+            run.part = self
             self.host.schedule(self, run)
 
     # --- the thread that is busy with a pass -------------------------------------------
@@ -220,11 +240,12 @@ class Part:
     def drain(self, run: Run) -> None:
         """Take the events of a pass until there are none; the caller has set `Run.busy`."""
         interrupt: BaseException | None = None
-        events: deque[Event] = deque()
+        events: list[Event] = []  # that wait since one before them raised
         while True:
             with self.lock:
-                events += run.events
-                run.events = []
+                if run.events:
+                    events += run.events
+                    run.events = []
                 if run.begun and not events:
                     over = run.state is OVER or run.state is FAILED
                     if over:
@@ -245,16 +266,19 @@ class Part:
     def _snapshot(self, run: Run) -> tuple[Any, ...]:
         run.begun = True
         early = self.table.early(run.pass_id)
-        doubted, lost = tuple(self._doubted), tuple(self.host.lost)
+        doubted, lost = tuple(self._doubted or ()), tuple(self.host.lost)
         return dict(self.sends), dict(self.recvs), doubted, lost, early
 
-    def _step(self, run: Run, snapshot: tuple[Any, ...] | None, events: deque[Event]) -> None:
+    def _step(self, run: Run, snapshot: tuple[Any, ...] | None, events: list[Event]) -> None:
         if snapshot is not None:
-            nodes = snapshot[0].values()
-            run.begin(partial(self.host.build, self, run, nodes), *snapshot)
+            sends, recvs, doubted, lost, early = snapshot
+            run.begin(sends, recvs, doubted, lost, early)
         while events:  # what follows an event that raises is answered later
-            method, args = events.popleft()
-            method(run, *args)
+            method, args = events.pop(0)
+            if method == "handle":  # by far the most; a direct call where this is compiled
+                run.handle(args[0], args[1])
+            else:
+                getattr(run, method)(*args)
         outbox = run.advance()
         for to, message in outbox:
             if run.state is FAILED:

@@ -19,8 +19,7 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable
 
 from distgrad.autograd.closure import Closure, report_of
 from distgrad.autograd.terms import (
@@ -37,6 +36,7 @@ from distgrad.autograd.terms import (
     State,
     last_word,
     lost_worker,
+    made,
     refuse,
     worker_of,
 )
@@ -44,6 +44,8 @@ from distgrad.errors import GraphError, ProtocolError
 from distgrad.message import PassAbort, PassBegin, PassComplete, PassEnd, PropagateGradients
 
 __all__ = ["BackwardPass"]
+
+Entry = tuple[int, Gradients]  # message id, and what its sender is told
 
 
 class BackwardPass:
@@ -76,30 +78,10 @@ class BackwardPass:
     """
 
     __slots__ = (
-        "_announced",
-        "_answered",
-        "_carried",
-        "_entries",
-        "_excluded",
-        "_heard",
-        "_late",
-        "_lost",
-        "_outbox",
-        "_own",
-        "_peers",
-        "_recvs",
-        "_sends",
-        "_uncertain",
-        "_unresolved",
-        "cause",
-        "closure",
-        "flags",
-        "graph",
-        "pass_id",
-        "root",
-        "state",
-        "worker",
-    )
+        "_announced", "_answered", "_carried", "_entries", "_excluded", "_heard", "_late", "_lost",
+        "_outbox", "_own", "_peers", "_recvs", "_sends", "_uncertain", "_unresolved", "cause",
+        "closure", "flags", "graph", "pass_id", "root", "state", "worker",
+    )  # fmt: skip
 
     def __init__(self, worker: int, pass_id: int, flags: int) -> None:
         self.worker = worker
@@ -110,8 +92,8 @@ class BackwardPass:
         self.closure = Closure(worker) if self.root == worker else None
         self.cause: PassAbort | None = None
         self.graph: Graph | None = None
-        self._sends: Mapping[int, Boundary] = {}
-        self._recvs: Mapping[int, Boundary] = {}
+        self._sends: dict[int, Boundary] = {}
+        self._recvs: dict[int, Boundary] = {}
         self._peers: set[int] = set()
         self._lost: Collection[int] = ()
         self._excluded: Collection[int] = ()  # peers that were lost before the pass
@@ -119,9 +101,9 @@ class BackwardPass:
         self._unresolved: dict[int, Boundary] = {}
         self._answered: set[int] = set()  # recvs outside the snapshot that were told none
         self._uncertain: dict[int, list[int]] = {}  # by peer: sends a begin asks about
-        self._entries: dict[int, list[tuple[int, Gradients]]] = {}  # by peer: what to tell
-        self._late: dict[int, list[tuple[int, Gradients]]] = {}  # the same, for late recvs
-        self._own: list[tuple[int, Gradients]] = []  # the same, for this worker itself
+        self._entries: dict[int, list[Entry]] = {}  # by peer: what to tell
+        self._late: dict[int, list[Entry]] = {}  # the same, for late recvs
+        self._own: list[Entry] = []  # the same, for this worker itself
         self._carried: tuple[int, ...] = ()  # reports of others that go on with the own one
         self._announced = False
         self._outbox: list[tuple[int, Message]] = []
@@ -130,9 +112,8 @@ class BackwardPass:
 
     def begin(
         self,
-        build: Callable[[], Graph],
-        sends: Mapping[int, Boundary],
-        recvs: Mapping[int, Boundary],
+        sends: dict[int, Boundary],
+        recvs: dict[int, Boundary],
         uncertain: Iterable[int] = (),
         lost: Collection[int] = (),
         early: Iterable[int] = (),
@@ -141,8 +122,6 @@ class BackwardPass:
 
         Parameters
         ----------
-        build
-            Makes the graph from the roots of this worker and the nodes of ``sends``.
         sends, recvs
             The snapshot, by message id; owned by the pass from now on.
         uncertain
@@ -167,7 +146,7 @@ class BackwardPass:
         if self.root in lost:
             raise lost_worker(self.root)
         self._unresolved = dict(sends)
-        graph = self.graph = build()
+        graph = self.graph = self.build()
         for node in recvs.values():
             if not graph.reaches(node):
                 self._tell(node, None)
@@ -178,6 +157,10 @@ class BackwardPass:
                 self._resolve(message_id, None)
         for message_id in uncertain:
             self.on_uncertain(message_id)
+
+    def build(self) -> Graph:
+        """Return the graph from the roots of this worker and its sends; the driver knows how."""
+        raise NotImplementedError("a driver of passes makes their graphs")
 
     def handle(self, sender: int, message: Message) -> None:
         """Take in a message of this pass."""
@@ -207,8 +190,7 @@ class BackwardPass:
 
     def _on_begin(self, sender: int, message: PassBegin) -> None:
         for message_id in message.uncertain:
-            if message_id not in self._recvs:
-                self.on_recorded(message_id, sender)
+            self.on_recorded(message_id, sender)
 
     def _on_end(self) -> None:
         if self.state is not COMPLETE:
@@ -216,13 +198,14 @@ class BackwardPass:
         self.state = OVER
 
     def on_recorded(self, message_id: int, peer: int) -> None:
-        """Answer none for a recv that is not in the snapshot, once."""
-        if message_id not in self._answered:
-            self._answered.add(message_id)
-            if peer == self.worker:
-                self._own.append((message_id, None))
-            elif peer not in self._lost:
-                self._late.setdefault(peer, []).append((message_id, None))
+        """Answer none for a recv, once; nothing happens if it is in the snapshot."""
+        if message_id in self._recvs or message_id in self._answered:
+            return
+        self._answered.add(message_id)
+        if peer == self.worker:
+            self._own.append((message_id, None))
+        elif peer not in self._lost:
+            self._late.setdefault(peer, []).append((message_id, None))
 
     def on_uncertain(self, message_id: int) -> None:
         """Ask the receiver whether it knows a message that may have been dropped."""
@@ -231,7 +214,7 @@ class BackwardPass:
         peer = self._sends[message_id].peer
         if peer != self.worker:
             self._uncertain.setdefault(peer, []).append(message_id)
-        elif message_id not in self._recvs:
+        else:
             self.on_recorded(message_id, peer)
 
     def on_undelivered(self, message_id: int) -> None:
@@ -304,19 +287,25 @@ class BackwardPass:
         if self._late:
             self._flush_late()
         report = self._report()
-        if report is not None:
-            bearer = self.root if self.root in self._entries else next(iter(self._entries), None)
-            if bearer is None:
-                self._outbox.append((self.root, PassComplete(self.pass_id, report)))
-        for peer, entries in self._entries.items():
-            complete = report if report is not None and peer == bearer else None
-            self._send(peer, PropagateGradients, tuple(entries), complete)
-        if self._uncertain:
-            for peer in sorted(self._uncertain):
-                self._send(peer, PassBegin, tuple(self._uncertain[peer]))
-            self._uncertain = {}
         if self._entries:
-            self._entries = {}
+            self._flush_entries(report)
+        elif report is not None:
+            self._outbox.append((self.root, PassComplete(self.pass_id, report)))
+        if self._uncertain:
+            asked, self._uncertain = self._uncertain, {}
+            for peer in sorted(asked):
+                note = PassBegin(self.pass_id, self.flags, tuple(asked[peer]))
+                self._outbox.append((peer, note))
+
+    def _flush_entries(self, report: tuple[int, ...] | None) -> None:
+        told, self._entries = self._entries, {}
+        bearer = -1
+        if report is not None:
+            bearer = self.root if self.root in told else next(iter(told))
+        for peer, entries in told.items():
+            complete = report if peer == bearer else None
+            fields = (self.pass_id, self.flags, tuple(entries), complete)
+            self._outbox.append((peer, made(PropagateGradients, fields)))
 
     def _flush_late(self) -> None:
         late, self._late = self._late, {}
@@ -327,23 +316,21 @@ class BackwardPass:
                 note = PropagateGradients(self.pass_id, self.flags | LATE, tuple(entries), None)
                 self._outbox.append((peer, note))
 
-    def _send(self, peer: int, kind: Any, *fields: Any) -> None:
-        self._outbox.append((peer, kind(self.pass_id, self.flags, *fields)))
-
     def _tell(self, node: Boundary, grads: Gradients) -> None:
-        if node.message_id not in self._recvs:
+        message_id, peer = node.message_id, node.peer
+        if message_id not in self._recvs:
             if grads is not None:
                 raise GraphError(
                     "cannot run the backward pass: it leads to a tensor that was received "
                     "outside its context",
                     hint="receive and use the tensor in one context, or detach() it",
                 )
-        elif node.peer == self.worker:
-            self._own.append((node.message_id, grads))
-        elif node.peer not in self._lost:
-            self._entries.setdefault(node.peer, []).append((node.message_id, grads))
+        elif peer == self.worker:
+            self._own.append((message_id, grads))
+        elif peer not in self._lost:
+            self._entries.setdefault(peer, []).append((message_id, grads))
         elif grads is not None:
-            raise lost_worker(node.peer)
+            raise lost_worker(peer)
 
     def _resolve(self, message_id: int, grads: Gradients) -> None:
         node = self._unresolved.pop(message_id, None)
@@ -371,7 +358,9 @@ class BackwardPass:
         peers = tuple(sorted(self._peers))
         if self._excluded:
             peers += tuple([~worker for worker in self._excluded])
-        report = report_of(self.worker, peers) + self._carried
+        report = report_of(self.worker, peers)
+        if self._carried:
+            report += self._carried
         if self.closure is None:
             return report
         self._on_reports(report)
@@ -379,8 +368,9 @@ class BackwardPass:
 
     def _drop_graph(self) -> None:
         self.graph = None
-        self._unresolved = {}
         self._own = []
+        if self._unresolved:
+            self._unresolved = {}
 
     def _on_reports(self, reports: tuple[int, ...]) -> None:
         """Take in reports; elsewhere than at the root they go on to it."""
@@ -395,5 +385,6 @@ class BackwardPass:
         if self._lost:
             refuse(closure.reached.intersection(self._lost))
         if self.state is COMPLETE and not closure.missing:
-            refuse(closure.left_out())
+            if closure.partial:
+                refuse(closure.left_out())
             self.state = OVER

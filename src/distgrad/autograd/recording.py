@@ -6,9 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from distgrad._core import is_grad_enabled, set_history
-from distgrad.autograd.context import ContextPart, current
+from distgrad.autograd.context import current
 from distgrad.autograd.functions import RecvRpcBackward, SendRpcBackward
-from distgrad.rpc.hooks import PayloadHook
 
 if TYPE_CHECKING:
     from distgrad._core import Tensor
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["Recorder"]
 
 
-class Recorder(PayloadHook):
-    """Adds the messages of one worker to its contexts.
+class Recorder:
+    """Adds the messages of one worker to its contexts: its `PayloadHook`.
 
     A call made inside a context carries the context's id whether or not it has tensors, so
     that the callee's own calls join the context. Under `no_grad` nothing is recorded.
@@ -44,8 +43,9 @@ class Recorder(PayloadHook):
             return 0, 0
         context_id = part.context_id
         part.known.add(to_id)
-        for end in part.table.ends_for(to_id):
-            worker.post(to_id, end, context_id=context_id)
+        if part.table.owes:
+            for end in part.table.ends_for(to_id):
+                worker.post(to_id, end, context_id=context_id)
         if not tensors or not is_grad_enabled():
             return context_id, 0
         message_id = next(self._engine.message_ids)
@@ -80,28 +80,6 @@ class Recorder(PayloadHook):
             set_history(tensor, node, slot)
         part.record_recv(node)
 
-    def entered(self, worker: Worker, context_id: int) -> Entered:
-        """Make the context current, or none if it is finished."""
-        return Entered(self._engine.part(context_id))
-
-
-class Entered:
-    """Makes a context current in a ``with`` block.
-
-    Parameters
-    ----------
-    part
-        The context; None for no context.
-    """
-
-    __slots__ = ("_outer", "_part")
-
-    def __init__(self, part: ContextPart | None) -> None:
-        self._part = part
-
-    def __enter__(self) -> None:
-        self._outer = current.get()
-        current.set(self._part)
-
-    def __exit__(self, *exception: object) -> None:
-        current.set(self._outer)
+    def enter(self, worker: Worker, context_id: int) -> None:
+        """Make the context current for the rest of a task, or none if it is finished."""
+        current.set(self._engine.part(context_id))

@@ -32,14 +32,11 @@ def seeds(roots: Sequence[Tensor], grads: Sequence[Any] | None) -> list[tuple[Te
     if not roots:
         raise ValueError("cannot run the backward pass: there are no roots")
     if grads is None:
-        return [(root, _one(root)) for root in roots]
+        return [(root, _given(root, None)) for root in roots]
     grads = list(grads)
     if len(grads) != len(roots):
         raise ValueError(f"cannot pair {len(roots)} roots with {len(grads)} gradients")
-    return [
-        (root, _one(root) if grad is None else _given(root, grad))
-        for root, grad in zip(roots, grads, strict=True)
-    ]
+    return [(root, _given(root, grad)) for root, grad in zip(roots, grads, strict=True)]
 
 
 def _checked(root: Any) -> Tensor:
@@ -52,17 +49,19 @@ def _checked(root: Any) -> Tensor:
     return root
 
 
-def _one(root: Any) -> Any:
+def _given(root: Any, grad: Any) -> Any:
+    if grad is not None:
+        return _shaped(root, grad)
     if _checked(root).size != 1:
         raise GraphError(
             f"cannot run the backward pass from shape {root.shape}: only a root with one "
             "element has an implicit gradient",
             hint="pass grads=[...], one array of its shape for each root, or reduce with .sum()",
         )
-    return np.ones_like(root.data)
+    return None  # the graph makes the one itself
 
 
-def _given(root: Any, grad: Any) -> Any:
+def _shaped(root: Any, grad: Any) -> Any:
     array = np.asarray(grad.data if isinstance(grad, Tensor) else grad)
     if array.shape != _checked(root).shape:
         raise GraphError(

@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """Ids of contexts that are finished, so that late messages cannot bring them back."""
 
 from __future__ import annotations

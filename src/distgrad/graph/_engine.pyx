@@ -183,7 +183,7 @@ cdef class GraphTask:
     Parameters
     ----------
     roots
-        (tensor, gradient) pairs; a gradient has the shape of its tensor.
+        (tensor, gradient) pairs; a gradient has the shape of its tensor, None is one.
     sends
         Nodes that get their gradients by `deliver` while the pass runs. With any, sums of
         three or more contributions are added in edge order, whatever the order of arrival.
@@ -255,6 +255,8 @@ cdef class GraphTask:
             check_fresh(tensor)
             node = edge_of(tensor)
             self.keep.append(node)
+            if gradient is None:
+                gradient = one_like(tensor.array)
             gradient = fit(gradient, &node.slots[tensor.slot], node, self.create)
             starts.append((self.visit(<PyObject *>node), tensor.slot, gradient))
         for node in sends:

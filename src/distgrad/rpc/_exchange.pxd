@@ -68,6 +68,8 @@ cdef class Exchange:
     cdef int hold_back(self, object connection, Outgoing message) except -1
     cdef object route(self, int peer)
     cdef int resolve_id(self, object to) except -1
+    cpdef int tell(self, int to, message, context_id=*) except -1
+    cpdef submit(self, task, chain=*)
     cdef int answer(self, int peer, object request_id, tuple body, object value) except -1
     cdef object decode(self, int peer, Frame frame, Session session)
     cdef int on_frame(self, object connection, Frame frame) except -1

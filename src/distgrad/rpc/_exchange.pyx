@@ -27,7 +27,7 @@ from distgrad.errors import (
     TransportError,
     WorkerLostError,
 )
-from distgrad.message import Call, Error, Reply, code_of
+from distgrad.message import KINDS, Call, Error, Reply, code_of
 from distgrad.rpc import exposure, functions, options
 from distgrad.rpc.activity import current_worker
 
@@ -38,6 +38,7 @@ cdef extern from "transport/_wait.h":
 
 cdef uint8_t CALL = code_of(Call), REPLY = code_of(Reply), ERROR = code_of(Error)
 cdef Py_ssize_t MOST_UNSENT = 1024 * 1024  # bytes a connection; beyond, senders wait
+cdef dict _codes = {kind: code for code, kind in KINDS.items()}
 cdef double UNSET = options.UNSET_RPC_TIMEOUT
 cdef str MARK = functions.ANSWERS_LATER
 cdef object Coroutine = CoroutineType, Function = FunctionType
@@ -143,7 +144,7 @@ cdef class Exchange:
         self.last_id += 1
         return self.last_id
 
-    def submit(self, task, chain=None):
+    cpdef submit(self, task, chain=None):
         """Run a task: on the thread that waits for ``chain``, or on a serving thread."""
         self.crew.accept(task, chain)
 
@@ -298,6 +299,19 @@ cdef class Exchange:
         except Exception:
             session.drop()
             raise
+
+    cpdef int tell(self, int to, message, context_id=0) except -1:
+        """Send a one-way message object, as `post` does."""
+        cdef Session session = new_session(self.worker, to)
+        cdef Outgoing outgoing
+        try:
+            outgoing = encode_message(_codes[type(message)], message, session)
+            outgoing.context_id = context_id
+            self.transmit(self.route(to), outgoing)
+        except Exception:
+            session.drop()
+            raise
+        return 0
 
     def reply(self, int to, request_id, value, what=None):
         """Answer a request with a value, or with an `Error` if the value cannot be sent.
@@ -522,13 +536,10 @@ cdef class Served(Job):
         now.until = self.until
         enter_activity(now)
         hook = worker.payload_hook if frame.context_id else None
-        if hook is None:
-            value = self.handler(worker, self.peer, frame, self.body)
-            return exchange.answer(self.peer, frame.request_id, self.body, value)
-        with hook.entered(worker, frame.context_id):
-            value = self.handler(worker, self.peer, frame, self.body)
-            exchange.answer(self.peer, frame.request_id, self.body, value)
-        return 0
+        if hook is not None:
+            hook.enter(worker, frame.context_id)
+        value = self.handler(worker, self.peer, frame, self.body)
+        return exchange.answer(self.peer, frame.request_id, self.body, value)
 
 
 def serve_call(worker, peer, frame, body):
@@ -655,3 +666,11 @@ cpdef double allowed_timeout(worker, timeout, str what) except? -1.0:
     if left <= 0.0:
         raise RpcTimeoutError(f"cannot call {what}: the call being served here has expired")
     return min(seconds, left) if seconds > 0.0 else left
+
+
+cpdef object current_extension(str name):
+    """Return what a layer above keeps at the current worker, by the name of the layer."""
+    cdef Activity now = current_activity()
+    if now is not None and not (<Exchange?>now.worker.agent).closed:
+        return now.worker.extensions[name]
+    return current_worker().extensions[name]

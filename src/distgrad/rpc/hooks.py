@@ -6,10 +6,8 @@ implements them (`Worker.payload_hook`).
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from distgrad._codec import Frame
 
@@ -23,10 +21,9 @@ __all__ = ["Handler", "PayloadHook"]
 Handler = Callable[["Worker", int, Frame, Any], Any]
 
 
-class PayloadHook(ABC):
+class PayloadHook(Protocol):
     """What happens to tensors that require grad when a message carries them."""
 
-    @abstractmethod
     def outgoing(
         self, worker: Worker, to_id: int, tensors: list[Tensor], is_response: bool, what: object
     ) -> tuple[int, int]:
@@ -52,20 +49,16 @@ class PayloadHook(ABC):
             Context id and autograd message id for the header; 0 means none.
         """
 
-    @abstractmethod
     def undelivered(self, worker: Worker, context_id: int, message_id: int) -> None:
         """Take back a record: the message never left."""
 
-    @abstractmethod
     def uncertain(self, worker: Worker, context_id: int, message_id: int) -> None:
         """Note that the receiver may never have seen the message."""
 
-    @abstractmethod
     def incoming(
         self, worker: Worker, from_id: int, context_id: int, message_id: int, tensors: list[Tensor]
     ) -> None:
         """Attach a history to the tensors (slot order) of a message that arrived."""
 
-    @abstractmethod
-    def entered(self, worker: Worker, context_id: int) -> AbstractContextManager[object]:
-        """Return a manager that makes the context current while a call is served."""
+    def enter(self, worker: Worker, context_id: int) -> None:
+        """Make the context current for the rest of the task that serves a call."""

@@ -109,7 +109,7 @@ class Worker:
 
     def post(self, to: int, body: Any, *, context_id: int = 0) -> None:
         """Send a one-way message object."""
-        self.agent.post(to, code_of(type(body)), tuple(body), context_id=context_id)
+        self.agent.tell(to, body, context_id)
 
     def submit(self, task: Callable[[], None], chain: Hashable = None) -> None:
         """Run a task on the thread that waits for ``chain``, or on a serving thread."""

@@ -85,10 +85,8 @@ def _create(
     try:
         target = worker.exposure.resolve(function)
         if context_id and hook is not None:
-            with hook.entered(worker, context_id):
-                value = worker.call_function(target, args, kwargs)
-        else:
-            value = worker.call_function(target, args, kwargs)
+            hook.enter(worker, context_id)
+        value = worker.call_function(target, args, kwargs)
     except BaseException as error:
         cell.value.set_exception(error)
         if not isinstance(error, Exception):

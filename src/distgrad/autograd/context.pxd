@@ -1,0 +1,9 @@
+# Types for the compiled build of context.py; the module also runs as plain Python.
+
+from distgrad.autograd.part cimport Part, Run
+
+
+cdef class ContextPart(Part):
+    cdef public object gradients    # GradientTable: of the leaves of this worker
+    cdef public list roots          # weak references to those of the last pass started here
+    cpdef drain(self, Run run)
