@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import cos, inf, pi
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from distgrad._core import Tensor
-from distgrad.optim import SGD, Adagrad, Adam, clip_grad_norm_
+from distgrad.optim import SGD, Adagrad, Adam, clip_grad_norm_, lr_scheduler
 from distgrad.optim.lr_scheduler import (
     CosineAnnealingLR,
     LambdaLR,
@@ -104,41 +103,129 @@ def test_plateau_lowers_the_rate_after_patience_and_rests(mode: str, sign: int) 
 
 TORCH_CASES: list[tuple[str, dict[str, Any]]] = [
     ("StepLR", {"step_size": 3, "gamma": 0.3}),
+    ("StepLR", {"step_size": 1}),
     ("CosineAnnealingLR", {"T_max": 5, "eta_min": 0.01}),
+    ("CosineAnnealingLR", {"T_max": 30}),
     ("LambdaLR", {"lr_lambda": lambda epoch: 0.9**epoch}),
-    ("OneCycleLR", {"max_lr": [1.0, 2.0], "total_steps": 12}),
-    ("OneCycleLR", {"max_lr": 1.0, "epochs": 3, "steps_per_epoch": 5, "anneal_strategy": "linear"}),
+    ("LambdaLR", {"lr_lambda": [lambda epoch: 0.9**epoch, lambda epoch: 1.0 + epoch]}),
+    ("OneCycleLR", {"max_lr": [1.0, 2.0], "total_steps": 121}),
+    ("OneCycleLR", {"max_lr": 1.0, "epochs": 12, "steps_per_epoch": 10}),
+    ("OneCycleLR", {"max_lr": 1.0, "total_steps": 101, "anneal_strategy": "linear"}),
+    ("OneCycleLR", {"max_lr": 1.0, "total_steps": 101, "three_phase": True, "pct_start": 0.25}),
+    ("OneCycleLR", {"max_lr": 1.0, "total_steps": 99, "pct_start": 0.0, "cycle_momentum": False}),
+    (
+        "OneCycleLR",
+        {
+            "max_lr": 1.0,
+            "total_steps": 100,
+            "three_phase": True,
+            "anneal_strategy": "linear",
+            "base_momentum": [0.5, 0.6],
+            "max_momentum": [0.8, 0.9],
+            "div_factor": 7.0,
+            "final_div_factor": 20.0,
+        },
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "settings"), TORCH_CASES, ids=lambda case: str(case)[:12])
-@pytest.mark.parametrize("setting", ["lr", "betas"])
-def test_schedule_equals_torch(name: str, settings: dict[str, Any], setting: str) -> None:
-    torch = pytest.importorskip("torch", reason="compares with torch, which is not installed")
-    from distgrad.optim import lr_scheduler
-
-    own = optimizer(Adam)
+def optimizer_pair(torch: Any, kind: str = "Adam", **settings: Any) -> tuple[Any, Any]:
+    """Return an own optimizer and one of torch, with two groups."""
+    own = optimizer({"Adam": Adam, "SGD": SGD}[kind], **settings)
     groups: list[Any] = [{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(2)]
     groups[1]["lr"] = 0.5
-    twin = torch.optim.Adam(groups, lr=1.0)
-    make: Callable[..., Any] = getattr(torch.optim.lr_scheduler, name)
-    expected = path(make(twin, **settings), twin, 10, setting)
-    actual = path(getattr(lr_scheduler, name)(own, **settings), own, 10, setting)
-    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+    twin = getattr(torch.optim, kind)(groups, lr=1.0, **settings)
+    return own, twin
 
 
-def test_plateau_equals_torch() -> None:
+def torch_path(schedulers: list[Any], optimizer: Any, steps: int, setting: str) -> list[Any]:
+    rates = [[group[setting] for group in optimizer.param_groups]]
+    for _ in range(steps):
+        optimizer.step()  # torch warns otherwise
+        for scheduler in schedulers:
+            scheduler.step()
+        rates.append([group[setting] for group in optimizer.param_groups])
+    return rates
+
+
+@pytest.mark.parametrize(("name", "settings"), TORCH_CASES, ids=lambda case: str(case)[:12])
+@pytest.mark.parametrize(
+    ("kind", "setting"), [("Adam", "lr"), ("Adam", "betas"), ("SGD", "momentum")]
+)
+def test_schedule_equals_torch(
+    name: str, settings: dict[str, Any], kind: str, setting: str
+) -> None:
     torch = pytest.importorskip("torch", reason="compares with torch, which is not installed")
-    own = SGD([leaf(1.0)], lr=1.0)
-    twin = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
-    settings: dict[str, Any] = {"factor": 0.3, "patience": 2, "cooldown": 1, "threshold": 0.05}
+    own, twin = optimizer_pair(torch, kind, **({"momentum": 0.9} if kind == "SGD" else {}))
+    other = getattr(torch.optim.lr_scheduler, name)(twin, **settings)
+    mine = getattr(lr_scheduler, name)(own, **settings)
+    steps = min(100, getattr(mine, "total_steps", 100))
+    np.testing.assert_allclose(
+        path(mine, own, steps, setting), torch_path([other], twin, steps, setting), rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        [("StepLR", {"step_size": 3}), ("CosineAnnealingLR", {"T_max": 7, "eta_min": 0.01})],
+        [("CosineAnnealingLR", {"T_max": 7}), ("StepLR", {"step_size": 4, "gamma": 0.5})],
+        [("LambdaLR", {"lr_lambda": lambda epoch: 0.9**epoch}), ("StepLR", {"step_size": 2})],
+    ],
+)
+def test_schedules_chained_equal_torch(chain: list[tuple[str, dict[str, Any]]]) -> None:
+    torch = pytest.importorskip("torch", reason="compares with torch, which is not installed")
+    own, twin = optimizer_pair(torch)
+    others = [getattr(torch.optim.lr_scheduler, name)(twin, **given) for name, given in chain]
+    mine = [getattr(lr_scheduler, name)(own, **given) for name, given in chain]
+    expected, actual = torch_path(others, twin, 20, "lr"), []
+    for _ in range(20):
+        actual.append([group["lr"] for group in own.param_groups])
+        for scheduler in mine:
+            scheduler.step()
+    np.testing.assert_allclose(actual, expected[:20], rtol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "settings"), TORCH_CASES[::2], ids=lambda case: str(case)[:12])
+def test_schedule_that_goes_on_later_equals_torch(name: str, settings: dict[str, Any]) -> None:
+    torch = pytest.importorskip("torch", reason="compares with torch, which is not installed")
+    own, twin = optimizer_pair(torch)
+    for group in own.param_groups + twin.param_groups:
+        group |= {"initial_lr": 1.0, "max_lr": 1.0, "min_lr": 1e-6, "lr": 0.3}
+        group |= {"max_momentum": 0.95, "base_momentum": 0.85}
+    if name == "OneCycleLR":
+        settings = {"max_lr": 1.0, "total_steps": 40, "div_factor": 1.0, "final_div_factor": 1e6}
+    other = getattr(torch.optim.lr_scheduler, name)(twin, **settings, last_epoch=6)
+    mine = getattr(lr_scheduler, name)(own, **settings, last_epoch=6)
+    assert mine.last_epoch == other.last_epoch
+    np.testing.assert_allclose(path(mine, own, 20), torch_path([other], twin, 20, "lr"), rtol=1e-12)
+
+
+def test_schedule_that_goes_on_from_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="parameter group 0 has no initial_lr"):
+        StepLR(optimizer(), 2, last_epoch=3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"factor": 0.3, "patience": 2, "cooldown": 1, "threshold": 0.05},
+        {"mode": "max", "patience": 1, "threshold_mode": "abs", "threshold": 0.3},
+        {"mode": "max", "patience": 0, "min_lr": [0.01, 0.2], "eps": 1e-3},
+        {"threshold_mode": "abs", "patience": 3, "min_lr": 0.05},
+    ],
+)
+def test_plateau_equals_torch(settings: dict[str, Any]) -> None:
+    torch = pytest.importorskip("torch", reason="compares with torch, which is not installed")
+    own, twin = optimizer_pair(torch)
     mine = ReduceLROnPlateau(own, **settings)
     other = torch.optim.lr_scheduler.ReduceLROnPlateau(twin, **settings)
     random = np.random.default_rng(5)
-    for value in 5 + random.standard_normal(60):
+    for value in 5 + random.standard_normal(100):
         mine.step(value)
         other.step(value)
-        assert mine.get_last_lr()[0] == pytest.approx(twin.param_groups[0]["lr"], rel=1e-12)
+        rates = [group["lr"] for group in twin.param_groups]
+        assert mine.get_last_lr() == pytest.approx(rates, rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Learning rates that change from step to step.
 
 A scheduler sets the settings in ``optimizer.param_groups``, so it serves local and
-distributed optimizers alike. The rate is a function of the number of steps and of the rate
-at the start; one scheduler drives an optimizer at a time.
+distributed optimizers alike. Several may drive one optimizer, as in torch: `StepLR`,
+`CosineAnnealingLR` and `ReduceLROnPlateau` change the rate that they find, and so act on top of
+each other; `LambdaLR` and `OneCycleLR` compute it from the start, and replace what others set.
 """
 
 from __future__ import annotations
@@ -36,44 +37,57 @@ class LRScheduler(ABC):
     optimizer
         Whose ``param_groups`` are set.
     last_epoch
-        The number of steps taken so far, -1 for a fresh start. A start further on takes
-        ``initial_lr`` of each group as the first rate.
+        -1 for a fresh start. To go on without the state of the scheduler before: its
+        ``last_epoch``, with ``initial_lr`` in every group as that one left it.
+
+    Raises
+    ------
+    ValueError
+        If a group has no ``initial_lr`` to go on from.
     """
 
     def __init__(self, optimizer: HasGroups, last_epoch: int = -1) -> None:
         self.optimizer = optimizer
-        self.last_epoch = max(last_epoch, 0)
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
+        self.last_epoch = last_epoch + 1
+        for number, group in enumerate(optimizer.param_groups):
+            if last_epoch == -1:
+                group.setdefault("initial_lr", group["lr"])
+            elif "initial_lr" not in group:
+                raise ValueError(
+                    f"cannot go on at last_epoch={last_epoch}: parameter group {number} has no "
+                    "initial_lr"
+                )
         self.base_lrs = [float(group["initial_lr"]) for group in optimizer.param_groups]
-        self._apply()
+        self._apply(first=True)
 
     @abstractmethod
-    def _settings(self, epoch: int, group: int) -> dict[str, Any]:
-        """Return what a group has after ``epoch`` steps, at least its ``lr``."""
+    def _settings(self, epoch: int, group: int, first: bool) -> dict[str, Any]:
+        """Return what a group has after ``epoch`` steps, at least its ``lr``.
+
+        ``first`` tells that the scheduler is made: a rate that was found is the one to keep.
+        """
 
     def step(self) -> None:
         """Go on by one; call it after the optimizer's step."""
         self.last_epoch += 1
-        self._apply()
+        self._apply(first=False)
 
     def get_last_lr(self) -> list[float]:
         """Return the rates that are set now."""
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the scheduler stands."""
+        """Return where the scheduler stands; the rates are in the optimizer's state."""
         return {"last_epoch": self.last_epoch, "base_lrs": list(self.base_lrs)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where another scheduler stood."""
+        """Go on where another scheduler stood, with the optimizer's state as it was then."""
         self.last_epoch = state_dict["last_epoch"]
         self.base_lrs = list(state_dict["base_lrs"])
-        self._apply()
 
-    def _apply(self) -> None:
+    def _apply(self, first: bool) -> None:
         for number, group in enumerate(self.optimizer.param_groups):
-            group.update(self._settings(self.last_epoch, number))
+            group.update(self._settings(self.last_epoch, number, first))
 
 
 class LambdaLR(LRScheduler):
@@ -103,7 +117,7 @@ class LambdaLR(LRScheduler):
             )
         super().__init__(optimizer, last_epoch)
 
-    def _settings(self, epoch: int, group: int) -> dict[str, Any]:
+    def _settings(self, epoch: int, group: int, first: bool) -> dict[str, Any]:
         return {"lr": self.base_lrs[group] * self.lr_lambdas[group](epoch)}
 
 
@@ -116,8 +130,9 @@ class StepLR(LRScheduler):
         self.step_size, self.gamma = step_size, gamma
         super().__init__(optimizer, last_epoch)
 
-    def _settings(self, epoch: int, group: int) -> dict[str, Any]:
-        return {"lr": self.base_lrs[group] * self.gamma ** (epoch // self.step_size)}
+    def _settings(self, epoch: int, group: int, first: bool) -> dict[str, Any]:
+        falls = epoch > 0 and epoch % self.step_size == 0
+        return {"lr": self.optimizer.param_groups[group]["lr"] * (self.gamma if falls else 1)}
 
 
 class CosineAnnealingLR(LRScheduler):
@@ -129,8 +144,14 @@ class CosineAnnealingLR(LRScheduler):
         self.T_max, self.eta_min = T_max, eta_min
         super().__init__(optimizer, last_epoch)
 
-    def _settings(self, epoch: int, group: int) -> dict[str, Any]:
-        return {"lr": _cosine(self.base_lrs[group], self.eta_min, epoch / self.T_max)}
+    def _settings(self, epoch: int, group: int, first: bool) -> dict[str, Any]:
+        rate, low, turn = self.optimizer.param_groups[group]["lr"], self.eta_min, pi / self.T_max
+        if first:
+            return {"lr": rate}
+        if (epoch - 1 - self.T_max) % (2 * self.T_max) == 0:  # from the bottom, where all is lost
+            return {"lr": rate + (self.base_lrs[group] - low) * (1 - cos(turn)) / 2}
+        change = (1 + cos(turn * epoch)) / (1 + cos(turn * (epoch - 1)))
+        return {"lr": low + (rate - low) * change}
 
 
 class OneCycleLR(LRScheduler):
@@ -151,9 +172,11 @@ class OneCycleLR(LRScheduler):
     anneal_strategy
         ``"cos"`` or ``"linear"``.
     cycle_momentum, base_momentum, max_momentum
-        Whether and between which values the momentum runs.
+        Whether and between which values the momentum runs: one each, or one a group.
     div_factor, final_div_factor
         ``max_lr / div_factor`` is the start, and that over ``final_div_factor`` the end.
+    three_phase
+        Fall to the start as long as the rise took, and to the end in the rest of the cycle.
     last_epoch
         See `LRScheduler`.
     """
@@ -168,10 +191,11 @@ class OneCycleLR(LRScheduler):
         pct_start: float = 0.3,
         anneal_strategy: str = "cos",
         cycle_momentum: bool = True,
-        base_momentum: float = 0.85,
-        max_momentum: float = 0.95,
+        base_momentum: float | Sequence[float] = 0.85,
+        max_momentum: float | Sequence[float] = 0.95,
         div_factor: float = 25.0,
         final_div_factor: float = 1e4,
+        three_phase: bool = False,
         last_epoch: int = -1,
     ) -> None:
         total = total_steps if total_steps is not None else (epochs or 0) * (steps_per_epoch or 0)
@@ -179,31 +203,43 @@ class OneCycleLR(LRScheduler):
             raise ValueError(
                 f"cannot make a cycle of {total} steps that rises for {pct_start!r} of them"
             )
-        self._anneal = {"cos": _cosine, "linear": _line}[anneal_strategy]
+        if anneal_strategy not in _ANNEAL:
+            raise ValueError(f"cannot anneal by {anneal_strategy!r}: expected 'cos' or 'linear'")
+        self._anneal = _ANNEAL[anneal_strategy]
         self.total_steps = total
-        self._peak = pct_start * total - 1
         n = len(optimizer.param_groups)
-        self._max_lrs = [max_lr] * n if isinstance(max_lr, int | float) else list(max_lr)
-        self._momenta = (max_momentum, base_momentum) if cycle_momentum else None
+        self._max_lrs = _each(max_lr, n)
+        self._momenta = list(zip(_each(max_momentum, n), _each(base_momentum, n), strict=True))
+        self._cycle_momentum = cycle_momentum
         self._div_factor, self._final_div_factor = div_factor, final_div_factor
+        rise = pct_start * total
+        self._turns = [rise - 1, 2 * rise - 2, total - 1] if three_phase else [rise - 1, total - 1]
+        if last_epoch == -1:
+            for group, highest in zip(optimizer.param_groups, self._max_lrs, strict=True):
+                group["initial_lr"] = highest / div_factor
         super().__init__(optimizer, last_epoch)
 
-    def _settings(self, epoch: int, group: int) -> dict[str, Any]:
+    def _settings(self, epoch: int, group: int, first: bool) -> dict[str, Any]:
         if epoch > self.total_steps:
             raise ValueError(f"cannot step: the cycle of {self.total_steps} steps is over")
         highest = self._max_lrs[group]
-        first = highest / self._div_factor
-        settings = {"lr": self._between(epoch, first, highest, first / self._final_div_factor)}
-        if self._momenta is not None:
-            high, low = self._momenta
-            momentum = self._between(epoch, high, low, high)
-            settings |= self._with_momentum(group, momentum)
+        start = highest / self._div_factor
+        settings = {"lr": self._between(epoch, start, highest, start / self._final_div_factor)}
+        if self._cycle_momentum:
+            high, low = self._momenta[group]
+            settings |= self._with_momentum(group, self._between(epoch, high, low, high))
         return settings
 
     def _between(self, epoch: int, start: float, peak: float, end: float) -> float:
-        if epoch <= self._peak > 0:
-            return self._anneal(start, peak, epoch / self._peak)
-        return self._anneal(peak, end, (epoch - self._peak) / (self.total_steps - 1 - self._peak))
+        """Return the value on the way from start to peak, perhaps to start again, and to end."""
+        stops = [start, peak, *([start] if len(self._turns) == 3 else []), end]
+        since, phase = 0.0, 0
+        while epoch > self._turns[phase] and phase < len(self._turns) - 1:
+            since, phase = self._turns[phase], phase + 1
+        length = self._turns[phase] - since
+        return self._anneal(
+            stops[phase], stops[phase + 1], (epoch - since) / length if length else 1
+        )
 
     def _with_momentum(self, group: int, momentum: float) -> dict[str, Any]:
         settings = self.optimizer.param_groups[group]
@@ -235,7 +271,7 @@ class ReduceLROnPlateau:
     cooldown
         How many steps after a reduction do not count.
     min_lr
-        The lowest rate.
+        The lowest rate: one, or one a group.
     eps
         Smaller changes of the rate are not made.
     """
@@ -249,7 +285,7 @@ class ReduceLROnPlateau:
         threshold: float = 1e-4,
         threshold_mode: str = "rel",
         cooldown: int = 0,
-        min_lr: float = 0.0,
+        min_lr: float | Sequence[float] = 0.0,
         eps: float = 1e-8,
     ) -> None:
         if not 0 <= factor < 1:
@@ -258,7 +294,7 @@ class ReduceLROnPlateau:
             raise ValueError(f"cannot use mode={mode!r} with threshold_mode={threshold_mode!r}")
         self.optimizer = optimizer
         self.factor, self.patience, self.cooldown = factor, patience, cooldown
-        self.min_lr, self.eps = min_lr, eps
+        self.min_lrs, self.eps = _each(min_lr, len(optimizer.param_groups)), eps
         self._sign = 1.0 if mode == "min" else -1.0
         self._threshold, self._relative = threshold, threshold_mode == "rel"
         self.best = inf  # in the sense of "min"
@@ -300,8 +336,8 @@ class ReduceLROnPlateau:
         return value < self.best - margin
 
     def _reduce(self) -> None:
-        for group in self.optimizer.param_groups:
-            lowered = max(group["lr"] * self.factor, self.min_lr)
+        for group, least in zip(self.optimizer.param_groups, self.min_lrs, strict=True):
+            lowered = max(group["lr"] * self.factor, least)
             if group["lr"] - lowered > self.eps:
                 group["lr"] = lowered
 
@@ -312,3 +348,14 @@ def _cosine(start: float, end: float, part: float) -> float:
 
 def _line(start: float, end: float, part: float) -> float:
     return start + (end - start) * part
+
+
+_ANNEAL = {"cos": _cosine, "linear": _line}
+
+
+def _each(value: float | Sequence[float], n: int) -> list[float]:
+    """Return one value for each of ``n`` groups."""
+    values = [float(value)] * n if isinstance(value, int | float) else [float(v) for v in value]
+    if len(values) != n:
+        raise ValueError(f"cannot schedule {n} parameter groups: {len(values)} values were given")
+    return values
