@@ -191,14 +191,82 @@ def test_step_of_a_lost_coordinator_is_dropped(world: World) -> None:
         with dist_autograd.context() as context_id:
             products = [rpc.rpc_sync(o, scale, ("w", Tensor(np.ones(1)))) for o in (1, 3)]
             dist_autograd.backward(context_id, [product.sum() for product in products])
-            for owner in ("worker1", "worker3"):
-                assert optimizer._request(owner, 77, int(context_id), TRY).wait()
+            request = optimizer._requests(77, int(context_id), TRY)
+            assert all(request(owner).wait() for owner in ("worker1", "worker3"))
 
     on(world, 2, begin)
     assert [steps_at(world, rank) for rank in (1, 3)] == [2, 2]
     world.kill(2)
     wait_until(lambda: [steps_at(world, rank) for rank in (1, 3)] == [0, 0])
     assert [weights[owner, "w"].item() for owner in (1, 3)] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("owners", [(1,), (0, 1, 2)])
+def test_step_costs_one_round_trip_an_owner(world: World, owners: tuple[int, ...]) -> None:
+    def body() -> None:
+        rrefs = [rpc.rpc_sync(owner, make_weight, ("w", [1.0])) for owner in owners]
+        optimizer = DistributedOptimizer(SGD, rrefs, lr=0.5)
+        with dist_autograd.context() as context_id:
+            products = [rpc.rpc_sync(o, scale, ("w", Tensor(np.ones(1)))) for o in owners]
+            dist_autograd.backward(context_id, [product.sum() for product in products])
+            before = rpc.debug_info()["rpc.calls_issued"]
+            optimizer.step(context_id)
+            requests = rpc.debug_info()["rpc.calls_issued"] - before
+        assert requests == len([owner for owner in owners if owner != 0])
+
+    on(world, 0, body)
+
+
+def test_step_hogwild_takes_no_locks_and_waits_for_nobody(world: World) -> None:
+    def hold() -> None:
+        rrefs = [rpc.rpc_sync(owner, make_weight, ("w", [1.0])) for owner in (1, 2)]
+        optimizer = DistributedOptimizer(SGD, rrefs, lr=0.5)
+        hogwild = DistributedOptimizer(SGD, rrefs, lr=0.25, hogwild=True)
+        with dist_autograd.context() as context_id:
+            products = [rpc.rpc_sync(o, scale, ("w", Tensor(np.ones(1)))) for o in (1, 2)]
+            dist_autograd.backward(context_id, [product.sum() for product in products])
+            request = optimizer._requests(77, int(context_id), TRY)
+            optimizer._steps.begin(77, optimizer._number, optimizer._line)
+            assert all(request(owner).wait() for owner in ("worker1", "worker2"))
+            hogwild.step(context_id)  # although another step holds the parameters
+            assert [rref.to_here().item() for rref in rrefs] == [0.75, 0.75]
+            optimizer._steps.decide(77, False)
+            for owner in (1, 2):
+                optimizer._steps.tell(owner, 77, False)
+            optimizer.wait()
+        assert [rref.to_here().item() for rref in rrefs] == [0.75, 0.75]
+
+    on(world, 3, hold)
+    assert [steps_at(world, rank) for rank in range(4)] == [0] * 4
+
+
+def test_step_hogwild_failure_names_the_owner(world: World) -> None:
+    def body() -> None:
+        rrefs = [rpc.rpc_sync(owner, make_weight, ("w", [1.0])) for owner in (1, 2)]
+        optimizer = DistributedOptimizer(Stubborn, rrefs, lr=0.5, hogwild=True)
+        with pytest.raises(DistgradError, match="'worker2' failed, and others may have stepped"):
+            train(optimizer, {(1, "w"): [1.0], (2, "w"): [-1.0]})
+        assert [rref.to_here().item() for rref in rrefs] == [0.5, 1.0]
+
+    on(world, 0, body)
+
+
+def test_step_many_hogwild_workers_at_once_lose_nothing_that_is_separate(world: World) -> None:
+    def make() -> None:
+        for rank in range(4):
+            rpc.rpc_sync(1, make_weight, (f"w{rank}", [0.0] * 3))
+
+    on(world, 0, make)
+
+    def body(rank: int) -> None:
+        rref = rpc.rpc_sync(1, get_weight, (f"w{rank}",))
+        optimizer = DistributedOptimizer(SGD, [rref], lr=1.0, hogwild=True)
+        for _ in range(8):
+            train(optimizer, {(1, f"w{rank}"): [-1.0] * 3})
+
+    world.run(body)
+    for rank in range(4):
+        np.testing.assert_array_equal(weights[1, f"w{rank}"].data, [8.0] * 3)
 
 
 def test_step_outside_of_a_context_is_refused(world: World) -> None:

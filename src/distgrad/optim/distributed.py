@@ -171,7 +171,7 @@ class DistributedOptimizer:
         self._steps.begin(step, self._number, self._line)
         try:
             prepare = self._prepare_in_turn if mode == WAIT else self._prepare_at_once
-            answers = prepare(lambda owner: self._request(owner, step, context_id, mode))
+            answers = prepare(self._requests(step, context_id, mode))
             self._raise_failure(answers, "so no parameter was changed anywhere")
             prepared = all(answer.result() for answer in answers.values())
         finally:
@@ -201,31 +201,35 @@ class DistributedOptimizer:
 
     def _step_at_once(self, context_id: int) -> None:
         step = self._worker.agent.new_id()
-        answers = self._prepare_at_once(lambda o: self._request(o, step, context_id, HOGWILD))
+        answers = self._prepare_at_once(self._requests(step, context_id, HOGWILD))
         self._raise_failure(answers, "and others may have stepped")
 
-    def _request(self, owner: str, step: int, context_id: int, mode: int) -> Future:
-        """Ask an owner to prepare; the future fails also if it cannot be asked."""
+    def _requests(self, step: int, context_id: int, mode: int) -> Callable[[str], Future]:
+        """Return what asks an owner to prepare; its future fails also if it cannot be asked."""
         settings = tuple(
             {k: v for k, v in group.items() if k != "params"} for group in self.param_groups
         )
-        try:
-            if self._owners[owner] == self._worker.id:
+        timeout = allowed_timeout(self._worker, UNSET_RPC_TIMEOUT, "a step")
+        body = StepPrepare(step, self._number, self._line, context_id, settings, mode)
+
+        def request(owner: str) -> Future:
+            try:
+                if self._owners[owner] != self._worker.id:
+                    return self._worker.request(
+                        self._owners[owner], body, timeout=timeout, what="a step of an optimizer"
+                    )
                 done = self._steps.prepare(step, self._number, context_id, settings, mode)
-                if isinstance(done, Future):
-                    return done
+            except Exception as error:
+                failed = Future(agent=self._worker.agent)
+                failed.set_exception(error)
+                return failed
+            if not isinstance(done, Future):
                 answer = Future(agent=self._worker.agent)
                 answer.set_result(done)
                 return answer
-            body = StepPrepare(step, self._number, self._line, context_id, settings, mode)
-            timeout = allowed_timeout(self._worker, UNSET_RPC_TIMEOUT, "a step")
-            return self._worker.request(
-                self._owners[owner], body, timeout=timeout, what="a step of an optimizer"
-            )
-        except Exception as error:
-            failed = Future(agent=self._worker.agent)
-            failed.set_exception(error)
-            return failed
+            return done
+
+        return request
 
     def _raise_failure(self, answers: dict[str, Future], consequence: str) -> None:
         for owner, error in _failures(answers).items():
