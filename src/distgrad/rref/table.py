@@ -12,9 +12,10 @@ Invariants
 from __future__ import annotations
 
 import contextvars
+import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
@@ -36,6 +37,7 @@ from distgrad.rref.protocol import (
 
 __all__ = ["Cell", "RRefTable"]
 
+_log = logging.getLogger("distgrad")
 _SWEEP_S = 0.002  # how long dropped forks are collected before they are reported
 
 
@@ -165,9 +167,20 @@ class RRefTable:
             self._do(self._counts.on_end, peer, rref_id, fork_id)
 
     def _close(self) -> None:
-        """Let go of all values: forks that had not ended when the worker left never will."""
+        """Let go of all values: forks that had not ended when the worker left never will.
+
+        Says whose they are. It is no warning: programs end with references in their variables.
+        """
         with self._lock:
             owned, self._counts.owned = self._counts.owned, {}
+        users = Counter(user for value in owned.values() for user in value.forks.values())
+        if users:
+            whom = ", ".join(
+                f"{self.worker.infos[u].name!r} ({n})" for u, n in sorted(users.items())
+            )
+            values = "1 value" if len(owned) == 1 else f"{len(owned)} values"
+            text = "worker %r leaves %s that others refer to: %s"
+            _log.info(text, self.worker.name, values, whom)
         owned.clear()  # without the lock (invariant 1)
 
     # --- user --------------------------------------------------------------------------
@@ -248,7 +261,7 @@ class RRefTable:
         fork = self._counts.used[body.fork_id]
         try:
             answer = self.worker.request(owner, body, timeout=0)
-        except TransportError:
+        except DistgradError:  # who dies in a handshake seems to refuse it
             self._do(self._counts.settle, fork, ForkState.OWNER_LOST)
         else:
             answer.add_done_callback(partial(self.settle_by, fork), inline=True)
