@@ -24,7 +24,9 @@ BLOCK = re.compile(r"(<!-- figures -->\n).*?(<!-- /figures -->)", re.S)
 HEADLINES = [
     ("rpc", "echo_small"),
     ("rpc", "echo_1000_in_flight"),
-    ("rpc", "remote_to_here"),
+    ("rref", "remote_to_here"),
+    ("rref", "proxy_call"),
+    ("rref", "step_adam_100"),
     ("rpc", "echo_16mb"),
     ("backward", "backward_call"),
     ("backward", "backward_chain_9"),
@@ -145,7 +147,7 @@ def main() -> None:
     options = parser.parse_args()
     contents = [json.loads(path.read_text()) for path in options.files]
     loaded = [content for content in contents if "benchmark" in content]
-    order = ["rpc", "backward", "graph", "codec"]
+    order = ["rpc", "rref", "backward", "graph", "codec"]
     results = {r["benchmark"]: r for r in sorted(loaded, key=lambda r: order.index(r["benchmark"]))}
     if options.write:
         write_block(ROOT / "README.md", summary_table(results))
