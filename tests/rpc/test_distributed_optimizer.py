@@ -14,7 +14,7 @@ from distgrad import autograd as dist_autograd
 from distgrad import rpc
 from distgrad._core import Tensor
 from distgrad.errors import ContextError, DistgradError
-from distgrad.optim import SGD, Adam, DistributedOptimizer, Optimizer
+from distgrad.optim import SGD, Adam, DistributedOptimizer, Optimizer, lr_scheduler
 from distgrad.optim.steps import TRY
 from distgrad.testing import World
 
@@ -290,6 +290,20 @@ def test_groups_have_settings_that_travel_with_the_step(world: World) -> None:
         optimizer.param_groups[0]["lr"] = 0.125
         train(optimizer, {(1, "w"): [1.0], (2, "w"): [1.0]})
         assert (a.to_here().item(), b.to_here().item()) == (0.875, 0.75)
+
+    on(world, 0, body)
+
+
+def test_schedule_drives_all_owners(world: World) -> None:
+    def body() -> None:
+        rrefs = [rpc.rpc_sync(owner, make_weight, ("w", [8.0])) for owner in (0, 1, 2)]
+        optimizer = DistributedOptimizer(SGD, rrefs, lr=4.0)
+        schedule = lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+        for _ in range(3):
+            train(optimizer, {(owner, "w"): [1.0] for owner in range(3)})
+            schedule.step()
+        assert [rref.to_here().item() for rref in rrefs] == [8.0 - 4.0 - 2.0 - 1.0] * 3
+        assert schedule.get_last_lr() == [0.5]
 
     on(world, 0, body)
 
