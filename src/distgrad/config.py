@@ -33,7 +33,7 @@ class Config:
     handshake_timeout: float = 5.0
     #: How often a worker asks whether the process of a peer still runs; 0 for never. A peer that
     #: stays silent for three times as long is lost.
-    heartbeat_interval: float = 5.0
+    heartbeat_interval: float = 4.0
     #: Connections that may be unauthenticated at one time, a listener.
     max_half_open: int = 64
     #: Deepest nesting of values in a message.

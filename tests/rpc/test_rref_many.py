@@ -1,6 +1,6 @@
 """Very many remote references over four processes: nothing is kept, nothing grows.
 
-``DISTGRAD_RREFS=100000`` makes as many as a long run does, and ``DISTGRAD_HEARTBEAT_INTERVAL=5``
+``DISTGRAD_RREFS=100000`` makes as many as a long run does, and ``DISTGRAD_HEARTBEAT_INTERVAL=4``
 waits for a process that was stopped as long as a worker does by default.
 """
 
