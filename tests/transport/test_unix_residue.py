@@ -1,5 +1,8 @@
 """Nothing stays in the file system, however a worker ends."""
 
+import fcntl
+import os
+import signal
 import socket
 import tempfile
 from pathlib import Path
@@ -44,18 +47,64 @@ def test_killed_worker_leaves_no_socket_once_its_loss_is_noticed(sockets):
     assert sockets() == []
 
 
+def test_socket_of_a_process_that_was_killed_is_swept_up_by_the_next_one(sockets):
+    with World(1, transport="unix") as world:
+        world.run(keep_nothing)
+        world.kill(0)
+    assert len(sockets()) == 1
+    with World(1, transport="unix") as world:  # its process looks around before it listens
+        world.run(keep_nothing)
+        assert len(sockets()) == 1
+    assert sockets() == []
+
+
+def keep_nothing(rank):
+    return None
+
+
+def fork_a_child_that_stays(rank):
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writing, b"here")  # so what happens at a fork is done
+        signal.pause()
+    assert os.read(reading, 4) == b"here"
+    os.close(reading)
+    os.close(writing)
+    return child
+
+
+def test_child_of_a_fork_does_not_keep_the_lock(sockets):
+    with World(1, transport="unix") as world:
+        (child,) = world.run(fork_a_child_that_stays)
+        world.kill(0)
+    try:
+        (left,) = sockets()
+        transport_for("unix").tidy(f"unix://{left}")
+        assert sockets() == []
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
 def test_tidy_spares_sockets_in_use_and_other_files(tmp_path):
     unix = transport_for("unix")
-    file = tmp_path / "file"
-    file.write_text("precious")
-    unix.tidy(f"unix://{file}")
-    unix.tidy(f"unix://{tmp_path / 'absent'}")
-    assert file.read_text() == "precious"
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(tmp_path / "s"))
-        listening.listen()
-        unix.tidy(f"unix://{tmp_path / 's'}")
-        assert (tmp_path / "s").exists()
+    home = tmp_path / "distgrad-home"
+    home.mkdir()
+    (home / "file").write_text("precious")
+    for path in (home / "file", home / "absent", tmp_path / "s"):
+        unix.tidy(f"unix://{path}")
+    assert (home / "file").read_text() == "precious"
+    (home / "file").unlink()
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(home / "s"))
+        lock = os.open(home, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        unix.tidy(f"unix://{home / 's'}")
+        assert (home / "s").exists()
+        os.close(lock)
+    unix.tidy(f"unix://{home / 's'}")
+    assert not home.exists()
+    with socket.socket(socket.AF_UNIX) as elsewhere:
+        elsewhere.bind(str(tmp_path / "s"))
     unix.tidy(f"unix://{tmp_path / 's'}")
-    assert not (tmp_path / "s").exists()
-    assert tmp_path.exists()
+    assert (tmp_path / "s").exists()

@@ -144,7 +144,7 @@ class StreamListener(Listener):
 
         def failed(error: Exception) -> None:
             self._forget(half_open)
-            # Looking whether somebody listens is no offence, and `tidy` does it.
+            # A peer that went away has done no wrong.
             level = logging.WARNING if isinstance(error, AuthenticationError) else logging.DEBUG
             _log.log(level, "%s: refused a connection: %s", self.address, error)
 

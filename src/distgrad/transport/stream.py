@@ -6,6 +6,7 @@ happens afterwards in `_stream`.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket
@@ -16,6 +17,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,7 +34,7 @@ from distgrad.transport.address import (
 from distgrad.transport.base import Connection, HandshakeFactory, Transport
 from distgrad.transport.handshake import authenticate
 from distgrad.transport.lanes import announce, join
-from distgrad.transport.listener import BACKLOG, StreamListener
+from distgrad.transport.listener import StreamListener
 from distgrad.transport.shm import answer_offer
 
 __all__ = ["StreamListener", "TcpTransport", "UnixTransport"]
@@ -147,16 +149,67 @@ class StreamTransport(Transport):
     def _open(self, target: Address, timeout_s: float) -> socket.socket: ...
 
 
-def _listened_on(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            return False
-        except BlockingIOError:  # its queue is full
-            return True
-    return True
+class _Home:
+    """A fresh directory of mode 0700 for one socket.
+
+    Its owner holds a lock on it. The kernel drops the lock with the process, so whoever can
+    take it knows that nobody listens there any more.
+    """
+
+    def __init__(self) -> None:
+        path = tempfile.mkdtemp(prefix=_DIRECTORY)
+        if len(os.fsencode(path)) + len("/new") > _MAX_PATH_BYTES:
+            os.rmdir(path)
+            path = tempfile.mkdtemp(prefix=_DIRECTORY, dir="/tmp")
+        self.path = path
+        self._lock = _lock(path)
+        _homes.add(self)
+
+    def leave(self) -> None:
+        """Remove the directory and what is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.release()
+        _homes.discard(self)
+
+    def release(self) -> None:
+        """Let go of the lock. In the child of a fork: of its copy, which would keep it."""
+        lock, self._lock = self._lock, -1
+        if lock >= 0:
+            os.close(lock)
+
+
+# Of this process; only for the child of a fork.
+_homes: set[_Home] = set()
+
+
+def _release_in_child() -> None:
+    for home in list(_homes):
+        home.release()
+    _homes.clear()
+
+
+os.register_at_fork(after_in_child=_release_in_child)
+
+
+def _lock(directory: str | Path) -> int:
+    """Return a descriptor that holds the lock of a directory; -1 if that cannot be had."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # somebody has it, or this file system knows no locks
+        os.close(descriptor)
+        return -1
+    return descriptor
+
+
+@cache
+def _sweep(folder: str) -> None:
+    """Remove what dead processes left in a folder; once a process is enough."""
+    for abandoned in Path(folder).glob(f"{_DIRECTORY}*/s"):
+        UnixTransport().tidy(f"unix://{abandoned}")
 
 
 class UnixTransport(StreamTransport):
@@ -166,35 +219,33 @@ class UnixTransport(StreamTransport):
     local = True
 
     def bind(self, host: str | None) -> tuple[socket.socket, str, Callable[[], None]]:
-        """Bind to a file in a fresh directory of mode 0700; sweep up after the dead first."""
-        for abandoned in Path(tempfile.gettempdir()).glob(f"{_DIRECTORY}*/s"):
-            self.tidy(f"unix://{abandoned}")
-        directory = tempfile.mkdtemp(prefix=_DIRECTORY)
-        if len(os.fsencode(directory)) + len("/new") > _MAX_PATH_BYTES:
-            os.rmdir(directory)
-            directory = tempfile.mkdtemp(prefix=_DIRECTORY, dir="/tmp")
-        path = f"{directory}/s"
+        """Bind to a file in a directory of its own; sweep up after the dead first."""
+        _sweep(tempfile.gettempdir())
+        home = _Home()
+        path = f"{home.path}/s"
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # It gets its name once it listens: before, others would take it for abandoned.
-        sock.bind(f"{directory}/new")
-        sock.listen(BACKLOG)
-        os.rename(f"{directory}/new", path)
-        return sock, f"unix://{path}", lambda: shutil.rmtree(directory, ignore_errors=True)
+        try:
+            sock.bind(path)
+        except BaseException:
+            sock.close()
+            home.leave()
+            raise
+        return sock, f"unix://{path}", home.leave
 
     def tidy(self, address: str) -> None:
-        """Remove a socket of this user that nobody listens on, and its directory if empty.
+        """Remove a socket of this user whose process has ended, and its directory.
 
         The path may come from a peer, so nothing but such a socket is ever removed.
         """
         path = Path(address.removeprefix("unix://"))
+        if not path.parent.name.startswith(_DIRECTORY) or (lock := _lock(path.parent)) < 0:
+            return
         with suppress(OSError):  # gone already, or not ours
             status = path.lstat()
-            if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.getuid():
-                return
-            if not _listened_on(path):
+            if stat.S_ISSOCK(status.st_mode) and status.st_uid == os.getuid():
                 path.unlink()
-                if path.parent.name.startswith(_DIRECTORY):
-                    path.parent.rmdir()
+                path.parent.rmdir()
+        os.close(lock)
 
     def peer_uid(self, sock: socket.socket) -> int | None:
         """Return the user id that the peer had when it connected or listened."""
