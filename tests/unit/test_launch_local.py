@@ -214,6 +214,14 @@ def test_run_killed_launcher_takes_its_workers_along(launch: Launch) -> None:
     assert has_ended(pid)
 
 
+def test_run_killed_launcher_takes_what_its_workers_started_along(launch: Launch) -> None:
+    text = "print(subprocess.Popen(['sleep', '1000']).pid)\nsignal.pause()"
+    process = launch("-n 1", text)
+    pid = int(first_line(process).split()[1])
+    process.kill()
+    assert has_ended(pid)
+
+
 def test_run_what_a_worker_leaves_behind_is_killed(launch: Launch) -> None:
     text = "print(subprocess.Popen(['sleep', '1000']).pid)"
     code, out, _ = finish(launch("-n 1", text))

@@ -4,7 +4,8 @@ Invariants:
 
 1. One thread and one selector: output, ends of workers and signals are all events.
 2. A worker leads a process group of its own; whatever it leaves behind is killed with it.
-3. A worker dies with the launcher, even if the launcher is killed (``PR_SET_PDEATHSIG``).
+3. A worker dies with the launcher, even if the launcher is killed (``PR_SET_PDEATHSIG``), and
+   so does what it started (`Guard`).
 4. The launcher ends with the exit code of the first worker that failed.
 """
 
@@ -25,6 +26,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import IO, BinaryIO
+
+from distgrad.launch.guard import Guard
 
 __all__ = ["add_arguments", "die_with", "main", "run", "worker_names"]
 
@@ -252,6 +255,7 @@ class _World:
     """The workers of one run and the loop that serves them."""
 
     def __init__(self, grace_s: float) -> None:
+        self.guard = Guard()
         self.grace_s = grace_s
         self.living: list[_Worker] = []
         self.failed: _Worker | None = None  # the first one to end
@@ -277,9 +281,11 @@ class _World:
         self.selector.close()
         self.inbox.close()
         self.outbox.close()
+        self.guard.dismiss()
 
     def start(self, name: str, command: Sequence[str], environ: Mapping[str, str]) -> None:
         worker = _Worker(name, command, environ)
+        self.guard.watch(worker.process.pid)
         self.living.append(worker)
         self.watch(worker.ended, partial(self.on_end, worker))
         for relay in worker.relays:
@@ -324,6 +330,7 @@ class _World:
         self.living.remove(worker)
         for relay in (r for other in self.living for r in other.relays):
             relay.read()  # what they wrote before this end, so that it is known to be earlier
+        self.guard.forget(worker.process.pid)
         if worker.reap() and self.kill_at is None:
             self.failed = worker
             self.cause = self.find_cause(worker)
