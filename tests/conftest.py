@@ -48,6 +48,26 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[STDERR] = os.dup(2)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("distgrad", "how long random tests run")
+    group.addoption("--long", action="store_true", help="as long as a release needs")
+    group.addoption("--programs", type=int, default=None, help="number of random programs")
+    group.addoption("--seed", type=int, default=0, help="seed of the first random program")
+
+
+@pytest.fixture
+def extent(pytestconfig: pytest.Config) -> Callable[[int, int], int]:
+    """Choose between two numbers: the second with ``--long``."""
+    return lambda short, long: long if pytestconfig.getoption("--long") else short
+
+
+@pytest.fixture
+def seed(pytestconfig: pytest.Config) -> int:
+    """Return the seed of the first random program; the others follow."""
+    number: int = pytestconfig.getoption("--seed")
+    return number
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     os.close(config.stash[STDERR])
 

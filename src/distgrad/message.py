@@ -195,7 +195,8 @@ class CleanupContext(NamedTuple):
 class JoinContext(NamedTuple):
     """Asks the creator of the context in the header to tell the sender of its release.
 
-    Sent when a worker is lost that might have passed the release on.
+    Sent when a worker is lost that might have passed the release on. To another worker than
+    the creator it says that the sender has lost the creator, and to ask for itself.
     """
 
 

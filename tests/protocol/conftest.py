@@ -1,9 +1,10 @@
-"""How long the simulations run: ``--programs`` and ``--seed``, or ``DISTGRAD_PROGRAMS``."""
+"""How long the simulations run: ``--programs`` or ``--long``, from ``--seed``."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--programs", type=int, default=None, help="number of random programs")
-    parser.addoption("--seed", type=int, default=0, help="seed of the first random program")
-
-
 @pytest.fixture
-def programs(pytestconfig: pytest.Config) -> range:
+def programs(pytestconfig: pytest.Config, extent: Callable[[int, int], int], seed: int) -> range:
     """Return the seeds of the random programs to run."""
-    count = pytestconfig.getoption("--programs", default=None)
-    first = pytestconfig.getoption("--seed", default=0)
-    count = count or int(os.environ.get("DISTGRAD_PROGRAMS", "400"))
-    return range(first, first + count)
+    count = pytestconfig.getoption("--programs") or int(os.environ.get("DISTGRAD_PROGRAMS", "0"))
+    return range(seed, seed + (count or extent(400, 20_000)))

@@ -145,7 +145,8 @@ class Site:
         self.cancelled.add(call_id)
 
     def on_cleanup(self, sender: int, context_id: int) -> None:
-        self.release(context_id, sender)
+        if context_id >> 48 != self.worker_id:
+            self.release(context_id, sender)
 
     def on_lost(self, sender: int) -> None:
         self.lost.add(sender)
@@ -169,26 +170,29 @@ class Site:
                 self.rejoin(context_id)
         return self.parts.get(context_id)
 
-    def release(self, context_id: int, sender: int = -1) -> None:
+    def release(self, context_id: int, sender: int = -1, error: Exception | None = None) -> None:
         self.released.add(context_id)
         part = self.parts.pop(context_id, None)
         if part is None:
             return
-        part.release()
+        part.release(error)
+        word = "join" if error else "cleanup"
         for peer in sorted(part.known - {sender, self.worker_id} - self.lost):
             with suppress(WorkerLostError):
-                self.send(peer, "cleanup", context_id)
+                self.send(peer, word, context_id)
 
     def rejoin(self, context_id: int) -> None:
         """Have the creator tell of the release itself: who would have told may be lost."""
         try:
             if context_id >> 48 != self.worker_id:
                 self.send(context_id >> 48, "join", context_id)
-        except WorkerLostError:
-            self.release(context_id)
+        except WorkerLostError as error:
+            self.release(context_id, error=error)
 
     def on_join(self, sender: int, context_id: int) -> None:
-        if context_id in self.parts:
+        if context_id >> 48 != self.worker_id:
+            self.rejoin(context_id)
+        elif context_id in self.parts:
             self.parts[context_id].known.add(sender)
         else:
             self.send(sender, "cleanup", context_id)
@@ -309,6 +313,7 @@ class World:
         self.passes: dict[int, Pass] = {}
         self.messages: Counter[str] = Counter()
         self.programs: dict[Any, Site] = {}  # that have not ended
+        self.cuts = 0
         self.filled: list[tuple[int, int]] = []  # channels with messages under way
         self.acts: tuple[Callable[[Any], object], ...] = (
             self.arrive,
@@ -342,6 +347,20 @@ class World:
                 for _ in range(self.rng.randint(0, len(frames))):
                     frames.pop()
                 frames.append(("lost",))
+        self.filled = [ends for ends, frames in self.channels.items() if frames]
+
+    def cut(self) -> None:
+        """Break the connection of two workers that live on; what was under way may be lost."""
+        pairs = [ends for ends in self.channels if ends[0] != ends[1]]
+        if not pairs:
+            return
+        self.cuts += 1
+        a, b = self.rng.choice(pairs)
+        for ends in ((a, b), (b, a)):
+            frames = self.channels.setdefault(ends, deque())
+            for _ in range(self.rng.randint(0, len(frames))):
+                frames.pop()
+            frames.append(("lost",))
         self.filled = [ends for ends, frames in self.channels.items() if frames]
 
     # --- programs ----------------------------------------------------------------------

@@ -33,6 +33,7 @@ class Chances:
     no_grad: float = 0.1
     detach: float = 0.1
     kill: float = 0.0  # a step
+    cut: float = 0.0  # a step: a connection breaks between workers that live on
     release: float = 0.0  # a step: the creator leaves too early
     overlap: float = 0.3  # do not wait for a pass before going on
     consume: float = 0.0  # run a pass without retain
@@ -159,12 +160,15 @@ class Scenario:
 
     def disturb(self) -> None:
         """Let the world run with accidents, for a bounded number of steps."""
-        if not self.chances.kill and not self.chances.release:
+        if not self.chances.kill and not self.chances.release and not self.chances.cut:
             return
         for _ in range(self.rng.randint(10, 400)):
             if self.chance("kill") and len(self.world.alive()) > 1:
                 self.excused |= self.contexts.keys()
                 self.world.kill(self.rng.choice(self.world.alive()))
+            elif self.chance("cut"):
+                self.excused |= self.contexts.keys()
+                self.world.cut()
             elif self.chance("release"):
                 context_id = self.rng.choice(list(self.contexts))
                 self.excused.add(context_id)
@@ -211,8 +215,9 @@ class Scenario:
         return [run for part in parts for run in part.table.passes.values()]
 
     def is_orphan(self, run: Run) -> bool:
-        """Whether a pass is complete here and its root died: release ends it."""
-        return run.state is State.COMPLETE and not self.world.sites[run.root].alive
+        """Whether a pass is complete here and its root cannot tell of the end: release does."""
+        cut_off = self.world.cuts > 0 or not self.world.sites[run.root].alive
+        return run.state is State.COMPLETE and cut_off
 
 
 SETTINGS = {
@@ -223,7 +228,20 @@ SETTINGS = {
     "consumed graphs": Chances(consume=0.4, overlap=0.6),
     "early release": Chances(release=0.01, timeout=0.1, overlap=0.5),
     "dying workers": Chances(kill=0.01, timeout=0.2, raises=0.1, overlap=0.5),
-    "everything": Chances(0.02, 0.2, 0.05, 0.1, 0.1, 0.1, 0.003, 0.003, 0.5, 0.1, 0.2, 0.1),
+    "broken connections": Chances(cut=0.02, timeout=0.2, raises=0.1, overlap=0.5),
+    "everything": Chances(
+        breaks=0.02,
+        timeout=0.2,
+        undecodable=0.05,
+        raises=0.1,
+        kill=0.003,
+        cut=0.003,
+        release=0.003,
+        overlap=0.5,
+        consume=0.1,
+        inner=0.2,
+        duplicated=0.1,
+    ),
 }
 
 

@@ -149,17 +149,23 @@ class Engine:
             hint="a worker learns of a context by the first call made to it inside",
         )
 
-    def release(self, context_id: int, sender: int = -1) -> None:
-        """Finish a context here and on the workers that learned of it from this one."""
+    def release(
+        self, context_id: int, sender: int = -1, error: BaseException | None = None
+    ) -> None:
+        """Finish a context here and tell those who learned of it from here.
+
+        With an error because the creator is lost to this worker; the others ask for themselves.
+        """
         with self._lock:
             self._released.add(context_id)
             part = self.parts.pop(context_id, None)
         if part is None:
             return
-        part.release()
+        part.release(error)
+        word = _CLEANUP if error is None else JoinContext()
         for peer in part.known:
             if peer != sender and peer != self.worker_id:
-                self._post(peer, _CLEANUP, context_id)
+                self._post(peer, word, context_id)
 
     def _post(self, to: int, body: Any, context_id: int) -> None:
         """Tell a peer, if it is still there to be told."""
@@ -169,11 +175,14 @@ class Engine:
             return
 
     def _on_cleanup(self, worker: Worker, sender: int, frame: Frame, body: Any) -> None:
-        self.release(frame.context_id, sender)
+        if worker_of(frame.context_id) != self.worker_id:  # the creator knows best
+            self.release(frame.context_id, sender)
 
     def _on_join(self, worker: Worker, sender: int, frame: Frame, body: Any) -> None:
         part = self.parts.get(frame.context_id)
-        if part is not None:
+        if worker_of(frame.context_id) != self.worker_id:  # the sender has lost the creator
+            self._rejoin(frame.context_id)
+        elif part is not None:
             part.known.add(sender)
         else:
             self._post(sender, _CLEANUP, frame.context_id)
@@ -190,14 +199,18 @@ class Engine:
                 self.parts.pop(context_id, None)
 
     def _rejoin(self, context_id: int) -> None:
-        """Have the creator itself tell of the release: who would have told us may be lost."""
+        """Have the creator itself tell of the release: who would have told us may be lost.
+
+        If the creator is lost to this worker, the context ends here, and those who would have
+        been told from here ask the creator themselves: only their connection may be whole.
+        """
         creator = worker_of(context_id)
         if creator == self.worker_id:
             return
         try:
             self.worker.post(creator, JoinContext(), context_id=context_id)
-        except TransportError:
-            self.release(context_id)
+        except TransportError as error:
+            self.release(context_id, error=error)
 
     # --- passes: what a part needs of its worker -----------------------------------------
 

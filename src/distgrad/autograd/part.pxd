@@ -39,7 +39,7 @@ cdef class Part:
     cpdef bint receive(self, sender, message) except -1
 
     @cython.locals(run=Run)
-    cpdef release(self)
+    cpdef release(self, error=*)
 
     @cython.locals(run=Run)
     cpdef _tell_begun(self, str method, tuple args)

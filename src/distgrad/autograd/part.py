@@ -214,13 +214,20 @@ class Part:
                     cause = self.host.describe(run.pass_id, error, "")
                     self._queue(run, "on_lost", (peer, cause))
 
-    def release(self) -> None:
-        """Finish the context here; passes whose part here is not complete fail."""
+    def release(self, error: BaseException | None = None) -> None:
+        """Finish the context here; passes whose part here is not complete fail.
+
+        With an error, such as the loss of the creator, all fail: what others still have to
+        tell of a pass that is complete here could not pass through here any more.
+        """
         with self.lock:
             self.released = True
             self.sends, self.recvs = {}, {}
             for run in self.table.passes.values():
-                if run.busy or run.state is not COMPLETE or run.root == run.worker:
+                if error is not None:
+                    cause = self.host.describe(run.pass_id, error, "")
+                    self._queue(run, "fail", (cause,))
+                elif run.busy or run.state is not COMPLETE or run.root == run.worker:
                     self._queue(run, "leave", ())
 
     def _tell_begun(self, method: str, args: tuple[Any, ...]) -> None:
