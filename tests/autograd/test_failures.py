@@ -277,3 +277,144 @@ prepared: list[Any] = []
 def prepare(rref: Any) -> None:
     may_go_on.clear()
     prepared.append(Slow.apply(rref.to_here()).sum())
+
+
+@rpc.expose
+def hooked(x: Any) -> Any:
+    def complain(grad: Any) -> Any:
+        raise LookupError("this hook is broken")
+
+    y = x * 1.0
+    y.register_hook(complain)
+    return y * 1.0
+
+
+def broken_hook(rank: int) -> Any:
+    x = dg.tensor([1.0], requires_grad=True)
+    with dist_autograd.context() as context_id:
+        loss = rpc.rpc_sync("worker1", hooked, args=(x,)).sum()
+        with pytest.raises(BackwardError) as caught:
+            dist_autograd.backward(context_id, [loss], timeout=20)
+        assert isinstance(caught.value.__cause__, LookupError)
+        again = rpc.rpc_sync("worker1", served.scale, args=(x,)).sum()
+        dist_autograd.backward(context_id, [again], timeout=20)
+        gained = dist_autograd.get_gradients(context_id)[x].numpy()
+    return caught.value.worker, gained, [served.counters(*route) for route in ([], [1])]
+
+
+def test_backward_broken_hook_fails_the_pass_and_leaves_the_context_usable(trio: World) -> None:
+    worker, gained, left = trio.run(broken_hook, ranks=[0])[0]
+    assert worker == "worker1"
+    assert_array_equal(gained, [3.0])
+    assert left == [served.NOTHING] * 2
+
+
+def run_beside_a_bystander(rank: int) -> Any:
+    x = dg.tensor([1.0], requires_grad=True)
+    rpc.rpc_sync("worker2", served.counters)  # it is connected, and has no part in the context
+    with dist_autograd.context() as context_id:
+        loss = rpc.rpc_sync("worker1", slow, args=(x,)).sum()
+        dist_autograd.backward(context_id, [loss], timeout=30)
+        return dist_autograd.get_gradients(context_id)[x].numpy()
+
+
+@pytest.mark.parametrize("transport", ["inproc", "unix"])
+def test_backward_worker_without_part_in_the_pass_may_die(transport: str) -> None:
+    started.clear()
+    with World(3, transport=transport) as world:
+        outcome: list[Any] = []
+        root = threading.Thread(
+            target=lambda: outcome.append(world.run(run_beside_a_bystander, ranks=[0])[0])
+        )
+        root.start()
+        if transport == "inproc":
+            assert started.wait(30)
+        else:
+            assert world.run(start_of_neighbour, ranks=[1]) == [True]
+        world.kill(2)
+        if transport == "inproc":
+            may_go_on.set()
+        else:
+            world.run(let_go_here, ranks=[1])
+        root.join(40)
+        assert_array_equal(outcome[0], [1.0])
+
+
+def start_of_neighbour(rank: int) -> bool:
+    return wait_for_start()
+
+
+def let_go_here(rank: int) -> None:
+    may_go_on.set()
+
+
+def unused_and_dead(rank: int) -> Any:
+    """A worker dies that the loss does not use, and nobody has noticed when the pass begins."""
+    x = dg.tensor([1.0], requires_grad=True)
+    with dist_autograd.context() as context_id:
+        rpc.rpc_sync("worker2", served.scale, args=(x,))
+        loss = rpc.rpc_sync("worker1", served.scale, args=(x,)).sum()
+        killer.set()
+        assert killed.wait(30)
+        outcomes = []
+        for _ in range(20):
+            try:
+                dist_autograd.backward(context_id, [loss], retain_graph=True, timeout=20)
+                outcomes.append("done")
+            except BackwardError as error:
+                outcomes.append(type(error.__cause__).__name__)
+        found = dist_autograd.get_gradients(context_id)[x].numpy()[0]
+    return outcomes, found
+
+
+killer, killed = threading.Event(), threading.Event()
+
+
+def test_backward_dead_worker_that_is_part_fails_passes_until_its_loss_is_known() -> None:
+    """Then the rest goes on without it; none of them waits."""
+    killer.clear()
+    killed.clear()
+    with World(3) as world:
+        results: list[Any] = []
+        root = threading.Thread(
+            target=lambda: results.append(world.run(unused_and_dead, ranks=[0])[0])
+        )
+        root.start()
+        assert killer.wait(30)
+        world.kill(2)
+        killed.set()
+        root.join(50)
+    outcomes, found = results[0]
+    assert outcomes[-1] == "done"
+    assert set(outcomes) <= {"WorkerLostError", "done"}
+    assert sorted(outcomes) == outcomes  # lost first, then done
+    assert found >= 3.0 * outcomes.count("done")
+
+
+def open_and_stay(rank: int) -> None:
+    """Enter a context that reaches everybody, and do not leave it."""
+    x = dg.tensor([1.0], requires_grad=True)
+    abandoned.append(dist_autograd.context().__enter__())
+    rpc.rpc_sync("worker1", served.through, args=(x, [2, 1, 0, 2]))
+
+
+abandoned: list[Any] = []
+
+
+def contexts_here(rank: int) -> int:
+    return dist_autograd.debug_info()["autograd.contexts"]
+
+
+@pytest.mark.parametrize("transport", ["inproc", "unix"])
+def test_backward_contexts_of_a_dead_creator_are_forgotten(transport: str) -> None:
+    pause = threading.Event()
+    with World(3, transport=transport) as world:
+        world.run(open_and_stay, ranks=[0])
+        assert world.run(contexts_here, ranks=[1, 2]) == [1, 1]
+        world.kill(0)
+        for _ in range(1000):
+            if not any(world.run(contexts_here, ranks=[1, 2])):
+                break
+            pause.wait(0.01)
+        assert world.run(contexts_here, ranks=[1, 2]) == [0, 0]
+    abandoned.clear()

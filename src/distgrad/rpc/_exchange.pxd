@@ -73,6 +73,7 @@ cdef class Exchange:
     cdef int answer(self, int peer, object request_id, tuple body, object value) except -1
     cdef object decode(self, int peer, Frame frame, Session session)
     cdef int on_frame(self, object connection, Frame frame) except -1
+    cdef int record(self, int peer, Frame frame, Session session) except -1
     cdef int on_answer(self, int peer, Frame frame) except -1
     cdef int take_answer(self, RpcFuture future, Frame frame, object body) except -1
     cdef int on_request(self, int peer, Frame frame, Handling handling) except -1

@@ -423,12 +423,15 @@ cdef class Exchange:
     cdef object decode(self, int peer, Frame frame, Session session):
         body = decode_message(frame, session)
         if frame.message_id:
-            hook = self.worker.payload_hook
-            if hook is not None:
-                hook.incoming(
-                    self.worker, peer, frame.context_id, frame.message_id, session.tensors
-                )
+            self.record(peer, frame, session)
         return body
+
+    cdef int record(self, int peer, Frame frame, Session session) except -1:
+        """Give a history to the tensors of a message that arrived."""
+        hook = self.worker.payload_hook
+        if hook is not None:
+            hook.incoming(self.worker, peer, frame.context_id, frame.message_id, session.tensors)
+        return 0
 
     cdef int on_answer(self, int peer, Frame frame) except -1:
         cdef RpcFuture future = self.pending.find(frame.request_id, peer)
@@ -436,8 +439,8 @@ cdef class Exchange:
         try:
             body = self.decode(peer, frame, session)
         except SerializationError as error:     # of a type that somebody registered
-            if frame.message_id:    # its gradients would be waited for
-                raise
+            if frame.message_id:    # passes answer for it that there is no gradient
+                self.record(peer, frame, session)
             self.settled = True
             if future is not None and self.pending.take(future):
                 future._try_complete(IS_FAILED, error)
