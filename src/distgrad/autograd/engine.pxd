@@ -28,7 +28,7 @@ cdef class Engine:
     cpdef ContextPart existing(self, context_id)
 
     @cython.locals(part=ContextPart)
-    cpdef release(self, context_id, sender=*)
+    cpdef release(self, context_id, sender=*, error=*)
     cpdef _post(self, to, body, context_id)
     cpdef post(self, Part part, to, message)
     cpdef schedule(self, Part part, Run run)
