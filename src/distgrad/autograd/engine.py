@@ -132,6 +132,20 @@ class Engine:
             raise self.missing(context_id)
         return part
 
+    def refuse_orphan(self, context_id: int) -> None:
+        """Raise if a context is finished here only because its creator is lost to this worker.
+
+        Others may still use it. What they got without a history would be a leaf to them, and the
+        gradient that belongs here would be missing from a pass that succeeds.
+        """
+        creator = worker_of(context_id)
+        if creator in self.lost:
+            raise ContextError(
+                f"cannot record calls in autograd context {context_id} on worker "
+                f"{self.worker.name!r}: its creator, worker "
+                f"{self.worker.world.name_of(creator)!r}, is lost"
+            )
+
     def missing(self, context_id: int) -> ContextError:
         """Return the error that tells what became of a context."""
         at = self._released.when(context_id)

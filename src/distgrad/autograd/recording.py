@@ -39,7 +39,11 @@ class Recorder:
     ) -> tuple[int, int]:
         """Record a send for the tensors that require grad."""
         part = current.get()
-        if part is None or part.released or part.host is not self._engine:
+        if part is None or part.host is not self._engine:
+            return 0, 0
+        if part.released:
+            if tensors and is_grad_enabled():
+                self._engine.refuse_orphan(part.context_id)
             return 0, 0
         context_id = part.context_id
         part.known.add(to_id)
@@ -82,4 +86,7 @@ class Recorder:
 
     def enter(self, worker: Worker, context_id: int) -> None:
         """Make the context current for the rest of a task, or none if it is finished."""
-        current.set(self._engine.part(context_id))
+        part = self._engine.part(context_id)
+        if part is None:
+            self._engine.refuse_orphan(context_id)
+        current.set(part)

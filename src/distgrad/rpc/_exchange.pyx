@@ -322,16 +322,16 @@ cdef class Exchange:
         cdef Outgoing message
         try:
             message = encode_message(REPLY, (value,), session)
+            hook = self.worker.payload_hook
+            if hook is not None and session.tensors:
+                message.context_id, message.message_id = hook.outgoing(
+                    self.worker, to, session.tensors, True, what
+                )
         except Exception as error:
             session.drop()
             self.reply_error(to, request_id, error)
             return
         message.request_id = request_id
-        hook = self.worker.payload_hook
-        if hook is not None and session.tensors:
-            message.context_id, message.message_id = hook.outgoing(
-                self.worker, to, session.tensors, True, what
-            )
         message.overtakes = stands_alone(message, session)
         self.handled += 1
         try:
