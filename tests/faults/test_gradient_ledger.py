@@ -191,7 +191,8 @@ class Trial:
         for entry in entries:
             self.outcomes[entry["error"] or "done"] += 1
         if victim >= 0:
-            world.kill(victim)  # if it did not come to send so many messages
+            with suppress(ProcessLookupError):  # it did come to send so many messages
+                world.kill(victim)
             living.remove(victim)
             self.faults["kill"] += 1
         asked = [(entry["context"], entry["size"]) for entry in entries]
