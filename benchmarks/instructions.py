@@ -249,9 +249,9 @@ CASES = {
     backward_chain: 1000,
     make_call: 10000,
     serve_call: 10000,
-    call_and_answer: 10000,
-    backward_2_hops: 2000,
-    backward_42_hops: 200,
+    call_and_answer: 2000,
+    backward_2_hops: 500,
+    backward_42_hops: 30,
 }
 NAMES = {prepare.__name__: prepare for prepare in CASES}
 TITLES = {name: prepare.__doc__ for name, prepare in NAMES.items()} | {
