@@ -18,9 +18,12 @@ from distgrad.rpc.auth import HmacHandshake
 from distgrad.testing.transport_pair import Pair, handshakes, message, polling
 from distgrad.transport.base import Handshake
 from distgrad.transport.handshake import authenticate
+from distgrad.transport.lanes import announce
+from distgrad.transport.lanes import join as enter_lane
 from distgrad.transport.stream import TcpTransport, UnixTransport
 
 PATIENCE_S = 20.0
+lanes: list[socket.socket] = []
 SECRET = b"the secret of this world"
 
 
@@ -35,6 +38,8 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     try:
         join(pair)
         yield pair
+        while lanes:
+            lanes.pop().close()
         pair.near.connection.send(message("undisturbed"))
         pair.until(lambda: pair.far.values()[-1:] == ["undisturbed"])
     finally:
@@ -78,14 +83,20 @@ def stranger(pair: Pair) -> socket.socket:
 
 def authenticated(pair: Pair) -> socket.socket:
     """Connect a bare socket as worker 7, handshake done."""
-    sock = stranger(pair)
-    handshake = hmac_handshakes(7, connecting=True)(None)
+    deadline = time.monotonic() + PATIENCE_S
+
+    def introduced() -> socket.socket:
+        sock = stranger(pair)
+        authenticate(sock, hmac_handshakes(7, connecting=True)(None), deadline, "test")
+        return sock
+
     with polling(pair.far):
-        authenticate(sock, handshake, time.monotonic() + PATIENCE_S, "test")
-    if pair.transport.scheme == "unix":  # declines to share memory
-        with polling(pair.far):
+        sock = introduced()
+        if pair.transport.scheme == "unix":  # declines to share memory
             assert len(sock.recv(33, socket.MSG_WAITALL)) == 33
-        sock.sendall(b"\0")
+            sock.sendall(b"\0")
+        else:
+            lanes.append(enter_lane(announce(sock), deadline, "test", introduced))
     pair.until(lambda: len(pair.far.connections) == 2)
     return sock
 

@@ -23,6 +23,7 @@ from distgrad.testing.transport_pair import PATIENCE_S, Pair, handshakes, messag
 from distgrad.transport._arena import memory_file
 from distgrad.transport._ring import RING_FILE_NBYTES
 from distgrad.transport.handshake import authenticate
+from distgrad.transport.lanes import announce, join
 from distgrad.transport.stream import TcpTransport, UnixTransport
 
 WORD = b"friend 9"
@@ -36,6 +37,8 @@ HEAD = bytes(message(ARRAYS).parts()[0])
 LOAN = np.arange(40_000, dtype="u1")
 LOAN_HEAD = bytes(message(LOAN).parts()[0])
 RECORD = struct.pack("<B3xIIIQQ32x", 255, 5, 1, 0, 0, LOAN.nbytes)
+
+lanes: list[socket.socket] = []  # of the process that will be killed
 
 Act = Callable[[socket.socket], object]
 
@@ -109,6 +112,19 @@ def join_plainly(sock: socket.socket) -> None:
     if sock.family == socket.AF_UNIX:
         sock.recv(33, socket.MSG_WAITALL)
         sock.sendall(b"\0")
+    else:
+        lanes.append(join(announce(sock), time.monotonic() + PATIENCE_S, "test", another(sock)))
+
+
+def another(sock: socket.socket) -> Callable[[], socket.socket]:
+    """Return what opens a second socket to the same place."""
+
+    def open_socket() -> socket.socket:
+        lane = socket.create_connection(sock.getpeername())
+        enter(lane)
+        return lane
+
+    return open_socket
 
 
 def join_in_memory(sock: socket.socket) -> mmap.mmap:
