@@ -36,6 +36,9 @@ cdef class Lane(Outlet):
     cdef object coming             # deque of Arriving whose payloads are not here, oldest first
     cdef char *target              # where the rest of the payload that is being read goes
 
+    cdef double next_way           # no earlier than then it gives way to other threads
+
     cdef int expect(self, Arriving message) except -1
     cdef int begin(self) except -1
+    cdef void give_way(self) noexcept nogil
     cdef int finish(self) except -1

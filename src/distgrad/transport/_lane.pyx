@@ -5,7 +5,7 @@ L1  A lane is read only while a message waits for its payload, and only into tha
     memory is taken when its first byte may come, not when it is announced.
 L2  In one turn of the poller a lane moves at most TURN bytes each way, and it is never the
     connection that the poller reads directly: the other sockets have their turn in between,
-    and so has whoever waits for the processor.
+    and so have threads that wait for the processor.
 L3  A lane ends with its connection, and a fault of it ends the connection.
 """
 
@@ -31,6 +31,12 @@ cdef extern from "<sys/socket.h>" nogil:
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
+
+cdef extern from "transport/_wait.h":
+    double now_s "distgrad_now"() noexcept nogil
+
+cdef double CROWDED_S = 1e-3           # a yield longer than this went to another program
+cdef double CROWDED_PAUSE_S = 0.05     # then none is tried for that long
 
 cdef enum:
     TURN = 512 * 1024
@@ -97,7 +103,7 @@ cdef class Lane(Outlet):
         if what & EPOLLOUT:
             self.drain()
             with nogil:
-                sched_yield()
+                self.give_way()
         if self.ended or not what & ~EPOLLOUT:
             return False
         if self.missing == 0:      # nothing is due: the peer has closed it
@@ -105,7 +111,7 @@ cdef class Lane(Outlet):
             return False
         with nogil:
             result = self.receive()
-            sched_yield()
+            self.give_way()
         if result <= 0 and result != NOTHING:
             reason = failure("receive", <int>-result) if result < 0 else TransportError(
                 "cannot receive: it ended in the middle of a message"
@@ -120,6 +126,15 @@ cdef class Lane(Outlet):
             except MemoryError as error:
                 self.owner.on_lane_end(events, error)
         return False
+
+    cdef void give_way(self) noexcept nogil:
+        """Let the thread of a small call run; but not programs that never stop, turn by turn."""
+        cdef double start = now_s()
+        if start < self.next_way:
+            return
+        sched_yield()
+        if now_s() - start > CROWDED_S:
+            self.next_way = start + CROWDED_PAUSE_S
 
     cdef Py_ssize_t receive(self) noexcept nogil:
         """Read a turn's bytes of the payload that is due; see `Pollable.receive`."""
