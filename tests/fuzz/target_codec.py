@@ -80,7 +80,7 @@ def same(a: Any, b: Any, seen: set[tuple[int, int]]) -> bool:
     if isinstance(a, float | complex):
         return np.asarray(a).tobytes() == np.asarray(b).tobytes()
     if isinstance(a, distgrad.Tensor):
-        return a.requires_grad == b.requires_grad and same(a.numpy(), b.numpy(), seen)
+        return a.requires_grad == b.requires_grad and same(a.data, b.data, seen)
     if isinstance(a, datetime.time | datetime.datetime):
         return a.replace(tzinfo=None) == b.replace(tzinfo=None) and a.tzinfo == b.tzinfo
     parts = _parts(a)

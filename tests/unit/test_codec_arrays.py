@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from wire_values import frame_of, round_trip, same, whole
+from wire_values import frame_of, frame_with, round_trip, same, whole
 
 from distgrad._codec import configure, decode, encode, parse
-from distgrad.errors import SerializationError
+from distgrad.errors import ProtocolError, SerializationError
 
 Array = np.ndarray[Any, Any]
 
@@ -186,3 +186,14 @@ def test_codec_arrays_beyond_the_limits_are_refused() -> None:
             encode(1, [np.zeros(260)] * 1 + [np.zeros(260) for _ in range(3)])
     finally:
         configure(**old)
+
+
+def test_codec_array_of_more_empty_rows_than_items_is_refused() -> None:
+    """Who goes through it would never end, and there is no byte to show for it."""
+    rows = np.zeros((2**40, 0))
+    with pytest.raises(SerializationError, match="items without bytes"):
+        encode(1, rows)
+    meta = b"\xc5\x0c\x02" + (2**40).to_bytes(8, "little") + bytes(8)
+    with pytest.raises(ProtocolError, match="items without bytes"):
+        decode(frame_with(meta + bytes(-len(meta) % 16)))
+    assert round_trip(np.zeros((0, 2**40))).shape == (0, 2**40)

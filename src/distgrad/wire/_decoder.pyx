@@ -395,11 +395,14 @@ cdef inline bint overflows(Py_ssize_t size, Py_ssize_t factor) noexcept:
 cdef Py_ssize_t array_nbytes(
     Py_ssize_t size, Py_ssize_t itemsize, int ndim, const cnp.npy_intp *dims
 ) except -1:
+    cdef Py_ssize_t rows = 1    # to go through, with nothing in them
     if overflows(size, itemsize):
         raise malformed("the size of an array overflows")
     for i in range(ndim):
         if dims[i] == 0:
-            return 0
+            itemsize, size = 0, rows
+            break
+        rows *= dims[i]
     if itemsize == 0 and size > limits.max_items:
         raise malformed(f"{size} items without bytes")
     return size * itemsize

@@ -561,6 +561,17 @@ cdef int put_dtype(Writer *w, cnp.dtype dtype, uint8_t code) except -1:
     return put_key(w, <PyObject *>description)  # as in keys: a tree without references
 
 
+cdef double rows_without_bytes(cnp.ndarray array) noexcept:
+    """Count the parts one could go through: the product of the dims before one that is 0."""
+    cdef double rows = 1
+    cdef int i
+    for i in range(cnp.PyArray_NDIM(array)):
+        if cnp.PyArray_DIM(array, i) == 0:
+            break
+        rows *= cnp.PyArray_DIM(array, i)
+    return rows
+
+
 cdef int put_array(Writer *w, cnp.ndarray array) except -1:
     """Write shape and dtype, and the items inside the meta block or in the payload."""
     cdef uint8_t code = dtype_code(array.descr)
@@ -570,8 +581,8 @@ cdef int put_array(Writer *w, cnp.ndarray array) except -1:
     cdef uint8_t order = 0
     cdef size_t gap
     _held = array  # invariant 3
-    if cnp.PyArray_ITEMSIZE(array) == 0 and cnp.PyArray_SIZE(array) > limits.max_items:
-        raise refusal(w, f"{cnp.PyArray_SIZE(array)} items without bytes")
+    if nbytes == 0 and rows_without_bytes(array) > limits.max_items:
+        raise refusal(w, f"{rows_without_bytes(array):.0f} items without bytes")
     if not inside and nbytes > <int64_t>limits.max_payload_bytes - w.payload_nbytes:
         raise refusal(
             w, f"the arrays exceed {limits.max_payload_bytes} bytes",

@@ -137,9 +137,13 @@ cdef object undescribe(description):
         return np.dtype(description)
     if type(description) is tuple and len(description) == 2:
         base, shape = description
+        if type(shape) is not tuple:
+            raise malformed("the shape of a dtype is no tuple")
         return np.dtype((undescribe(base), shape))
     if type(description) is tuple and len(description) == 6:
         names, formats, offsets, titles, itemsize, aligned = description
+        if not all([type(part) is tuple for part in (names, formats, offsets, titles)]):
+            raise malformed("the fields of a dtype are no tuples")
         formats = [undescribe(item) for item in formats]
         return np.dtype(
             {"names": list(names), "formats": formats, "offsets": list(offsets),
@@ -334,33 +338,40 @@ def register_record(cls, name):
         )
 
 
+cdef tuple arguments(value):
+    """Return the arguments for a constructor: an array might have a million rows of nothing."""
+    if type(value) is not tuple:
+        raise malformed("the arguments of a constructor are no tuple")
+    return value
+
+
 def _register_time():
     """Register the datetime types; a zone with rules of its own cannot be sent."""
     register_type(
         datetime.date, "date", lambda day, session: (day.year, day.month, day.day),
-        lambda value, session: datetime.date(*value),
+        lambda value, session: datetime.date(*arguments(value)),
     )
     register_type(
         datetime.timedelta, "timedelta",
         lambda delta, session: (delta.days, delta.seconds, delta.microseconds),
-        lambda value, session: datetime.timedelta(*value),
+        lambda value, session: datetime.timedelta(*arguments(value)),
     )
     register_type(
         datetime.timezone, "timezone", lambda zone, session: zone.__getinitargs__(),
-        lambda value, session: datetime.timezone(*value),
+        lambda value, session: datetime.timezone(*arguments(value)),
     )
     register_type(
         datetime.time, "time",
         lambda at, session: (
             at.hour, at.minute, at.second, at.microsecond, at.tzinfo, at.fold),
-        lambda value, session: datetime.time(*value[:5], fold=value[5]),
+        lambda value, session: datetime.time(*arguments(value)[:5], fold=value[5]),
     )
     register_type(
         datetime.datetime, "datetime",
         lambda at, session: (
             at.year, at.month, at.day, at.hour, at.minute, at.second, at.microsecond,
             at.tzinfo, at.fold),
-        lambda value, session: datetime.datetime(*value[:8], fold=value[8]),
+        lambda value, session: datetime.datetime(*arguments(value)[:8], fold=value[8]),
     )
 
 
