@@ -46,6 +46,9 @@ class Config:
     max_items: int = 1_000_000
     #: Most out-of-band arrays in one message.
     max_buffers: int = 1024
+    #: Memory, about, that requests of one peer may take up here before they are answered;
+    #: more are refused. A worker reads this at its start.
+    max_peer_bytes: int = 2**30
     #: Arrays up to this size travel inside the message's metadata.
     inline_array_bytes: int = 2048
     #: Idle receive buffers that are kept warm.

@@ -20,12 +20,35 @@ cdef class Session:
     cdef int drop(self) except -1
 
 
+cdef class Ledger:
+    """Bytes that the requests of each peer take up here."""
+
+    cdef uint64_t *held            # by worker id
+    cdef uint64_t most             # of one peer; beyond, its requests are turned away
+
+
+cdef class Credit:
+    """The bytes of one request; given back when this is freed."""
+
+    cdef Ledger ledger
+    cdef int peer
+    cdef uint64_t nbytes
+
+
+cdef class Charged:
+    """A task that keeps the credit of its request."""
+
+    cdef object task
+    cdef Credit credit
+
+
 cdef class Handling:
     """Who handles the messages of one kind."""
 
     cdef readonly object handler   # called with (worker, sender id, frame, body)
     cdef readonly bint inline      # on the thread that polls
     cdef readonly object kind      # class of the message
+    cdef bint charged              # its messages wait here, so they count against their sender
     cdef int num_fields            # fields of its body
 
 
@@ -38,6 +61,7 @@ cdef class Served(Job):
     cdef readonly Frame frame      # the message
     cdef tuple body                # its fields
     cdef double until              # when the caller gives up (monotonic s), inf for never
+    cdef Credit credit             # what the request takes up
 
     cdef int serve(self) except -1
 
@@ -57,6 +81,7 @@ cdef class Exchange:
     cdef dict ids                  # name of a worker -> id
     cdef readonly dict unsent      # connection -> bytes without arrays that wait to be sent
     cdef int num_workers           # workers of the world
+    cdef Ledger ledger             # what requests take up
     cdef uint64_t last_id          # made by new_id; 16 bits worker, 48 counter
     cdef bint settled              # the event at hand has had its effect: it must not come again
 
@@ -70,10 +95,12 @@ cdef class Exchange:
     cdef int resolve_id(self, object to) except -1
     cpdef int tell(self, int to, message, context_id=*) except -1
     cpdef submit(self, task, chain=*)
-    cdef int answer(self, int peer, object request_id, tuple body, object value) except -1
+    cdef int answer(self, Served served, object value) except -1
     cdef object decode(self, int peer, Frame frame, Session session)
     cdef int on_frame(self, object connection, Frame frame) except -1
     cdef int record(self, int peer, Frame frame, Session session) except -1
     cdef int on_answer(self, int peer, Frame frame) except -1
     cdef int take_answer(self, RpcFuture future, Frame frame, object body) except -1
+    cdef Credit charge(self, int peer, Frame frame)
+    cdef int turn_away(self, object connection, int peer, Frame frame) except -1
     cdef int on_request(self, int peer, Frame frame, Handling handling) except -1

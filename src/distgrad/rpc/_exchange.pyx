@@ -7,6 +7,9 @@ E2  An answer counts only if it comes from the peer that was asked.
 E3  Bad bytes end the connection they came on, and nothing else.
 E4  An event is taken in once: an exception that no message causes, such as KeyboardInterrupt,
     leaves it in the list unless it has had its effect (`settled`).
+E5  What a peer can make this worker keep is bounded: requests that wait or are served by the
+    `Ledger`, answers that it does not read by their number. Nobody waits for that: a request
+    too many is answered with an error, so nested calls and backward passes go on.
 """
 
 from collections.abc import Mapping
@@ -14,20 +17,23 @@ from types import CoroutineType, FunctionType
 
 from libc.math cimport INFINITY
 from libc.stdint cimport uint8_t, uint64_t
+from libc.stdlib cimport calloc, free
 
 from distgrad._codec cimport HEADER_NBYTES, Frame, Outgoing, decode_message, encode_message
 from distgrad.rpc._activity cimport Activity, current_activity, enter_activity
 from distgrad.rpc._crew cimport CrewCore, Job
 from distgrad.rpc._future cimport IS_DONE, IS_FAILED, Future, PendingRequests, RpcFuture
 
+from distgrad.config import config
 from distgrad.errors import (
+    DistgradError,
     ProtocolError,
     RpcTimeoutError,
     SerializationError,
     TransportError,
     WorkerLostError,
 )
-from distgrad.message import KINDS, Call, Error, Reply, code_of
+from distgrad.message import KINDS, Call, Error, RemoteCall, Reply, code_of
 from distgrad.rpc import exposure, functions, options
 from distgrad.rpc.activity import current_worker
 
@@ -39,6 +45,8 @@ cdef extern from "transport/_wait.h":
 cdef uint8_t CALL = code_of(Call), REPLY = code_of(Reply), ERROR = code_of(Error)
 cdef Py_ssize_t MOST_UNSENT = 1024 * 1024  # bytes a connection; beyond, senders wait
 cdef dict _codes = {kind: code for code, kind in KINDS.items()}
+cdef uint64_t REQUEST_NBYTES = 1024        # that a request takes up besides its content
+cdef uint64_t VALUE_NBYTES = 8             # of memory that a byte of a meta block can become
 cdef double UNSET = options.UNSET_RPC_TIMEOUT
 cdef str MARK = functions.ANSWERS_LATER
 cdef object Coroutine = CoroutineType, Function = FunctionType
@@ -110,6 +118,49 @@ cdef inline bint stands_alone(Outgoing message, Session session):
 
 
 @cython.final
+@cython.no_gc
+cdef class Ledger:
+    """How many bytes the requests of each peer take up here.
+
+    Parameters
+    ----------
+    workers
+        How many there are.
+    most
+        Bytes of one peer, about; beyond, its requests are turned away.
+    """
+
+    def __cinit__(self, int workers, uint64_t most):
+        self.most = most
+        self.held = <uint64_t*>calloc(workers, sizeof(uint64_t))
+        if self.held == NULL:
+            raise MemoryError("cannot make a ledger: out of memory")
+
+    def __dealloc__(self):
+        free(self.held)
+
+
+@cython.final
+@cython.no_gc
+@cython.freelist(16)
+cdef class Credit:
+    """The bytes of one request; given back when this is freed."""
+
+    def __dealloc__(self):
+        if self.ledger is not None:
+            self.ledger.held[self.peer] -= self.nbytes
+
+
+@cython.final
+cdef class Charged:
+    """A task that keeps the credit of its request."""
+
+    def __call__(self):
+        """Run the task."""
+        self.task()
+
+
+@cython.final
 cdef class Handling:
     """Who handles the messages of one kind."""
 
@@ -118,6 +169,7 @@ cdef class Handling:
         self.handler = handler
         self.inline = inline
         self.num_fields = len(kind._fields)
+        self.charged = not inline or kind is RemoteCall     # which leaves a task behind
 
 
 cdef class Exchange:
@@ -137,6 +189,7 @@ cdef class Exchange:
         self.unsent = {}
         self.ids = {info.name: info.id for info in worker.world.infos}
         self.num_workers = len(self.ids)
+        self.ledger = Ledger(self.num_workers, config.max_peer_bytes)
         self.last_id = <uint64_t>worker.id << 48
 
     def new_id(self):
@@ -255,6 +308,11 @@ cdef class Exchange:
                 self.unsent.pop(connection, None)
         elif not self.crew.polls_here():
             self.hold_back(connection, message)
+        elif <uint64_t>connection.waiting() > self.ledger.most // REQUEST_NBYTES:
+            name = self.worker.world.name_of(connection.peer)
+            error = f"cannot send to worker {name!r}: it does not read what waits for it"
+            self._reject(connection, ProtocolError(error))
+            raise WorkerLostError(error)
         return 0
 
     cdef int hold_back(self, object connection, Outgoing message) except -1:
@@ -355,18 +413,19 @@ cdef class Exchange:
         """Count a request that ended without an answer."""
         self.handled += 1
 
-    cdef int answer(self, int peer, object request_id, tuple body, object value) except -1:
+    cdef int answer(self, Served served, object value) except -1:
+        cdef uint64_t request_id = served.frame.request_id
         if not request_id:
             return 0
-        what = body[0] if body else None
+        what = served.body[0] if served.body else None
         if isinstance(value, Future):
-            self._answer_later(peer, request_id, what, value)
+            self._answer_later(served.peer, request_id, what, value, served.credit)
         else:
-            self.reply(peer, request_id, value, what)
+            self.reply(served.peer, request_id, value, what)
         return 0
 
-    def _answer_later(self, int peer, request_id, what, Future value):
-        def completed(Future future):
+    def _answer_later(self, int peer, request_id, what, Future value, Credit credit):
+        def completed(Future future, _held=credit):     # until it is answered
             if future.exception() is None:
                 self.reply(peer, request_id, future.outcome(), what)
             else:
@@ -414,6 +473,8 @@ cdef class Exchange:
                 return self.on_answer(peer, frame)
             handling = self.handlers.get(frame.kind)
             if handling is not None:
+                if handling.charged and self.ledger.held[<int>peer] >= self.ledger.most:
+                    return self.turn_away(connection, peer, frame)
                 return self.on_request(peer, frame, handling)
             self._on_control(peer, frame)
         except Exception as error:
@@ -466,9 +527,34 @@ cdef class Exchange:
             self._take_error(future, body)
         return 0
 
+    cdef Credit charge(self, int peer, Frame frame):
+        """Count a request against its sender."""
+        cdef Credit credit = Credit.__new__(Credit)
+        credit.peer = peer
+        credit.nbytes = (
+            REQUEST_NBYTES + VALUE_NBYTES * <uint64_t>len(frame.meta) + frame.payload_nbytes
+        )
+        credit.ledger = self.ledger
+        self.ledger.held[peer] += credit.nbytes
+        return credit
+
+    cdef int turn_away(self, object connection, int peer, Frame frame) except -1:
+        """Answer a request that is one too many, unless that would not be read either."""
+        cdef uint64_t held = self.ledger.held[peer]
+        fact = f"worker {self.worker.name!r} holds {held} bytes of requests from here already"
+        if not frame.request_id:
+            raise ProtocolError(f"cannot take a message: {fact}")
+        self.settled = True
+        self.reply_error(peer, frame.request_id, DistgradError(
+            f"cannot serve a request: {fact}",
+            hint="wait for answers in between, or raise max_peer_bytes on that worker",
+        ))
+        return 0
+
     cdef int on_request(self, int peer, Frame frame, Handling handling) except -1:
         cdef Session session = new_session(self.worker, peer)
         cdef Served served
+        cdef Charged charged
         task = None
         try:
             body = self.decode(peer, frame, session)
@@ -488,11 +574,17 @@ cdef class Exchange:
             task = handling.handler(self.worker, peer, frame, body)
             if task is None:
                 return 0
+            if handling.charged:
+                charged = Charged.__new__(Charged)
+                charged.task = task
+                charged.credit = self.charge(peer, frame)
+                task = charged
         else:
             served = Served.__new__(Served)
             served.exchange = self
             served.handler = handling.handler
             served.peer = peer
+            served.credit = self.charge(peer, frame)
             served.frame = frame
             served.body = body
             served.until = now_s() + frame.deadline_us * 1e-6 if frame.deadline_us else INFINITY
@@ -542,7 +634,7 @@ cdef class Served(Job):
         if hook is not None:
             hook.enter(worker, frame.context_id)
         value = self.handler(worker, self.peer, frame, self.body)
-        return exchange.answer(self.peer, frame.request_id, self.body, value)
+        return exchange.answer(self, value)
 
 
 def serve_call(worker, peer, frame, body):

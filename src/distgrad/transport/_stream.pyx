@@ -225,6 +225,10 @@ cdef class StreamConnection(LaneOwner):
             return False
         return not self.queue and not self.writing
 
+    def waiting(self):
+        """Return how many messages of earlier sends are queued on this side."""
+        return len(self.queue)
+
     # --- ending: any thread ---------------------------------------------------------------
 
     def close(self):

@@ -102,6 +102,10 @@ class Connection(ABC):
     def flushed(self) -> bool:
         """Whether nothing of earlier `send` calls is still queued on this side."""
 
+    def waiting(self) -> int:
+        """Return how many messages of earlier `send` calls are queued on this side."""
+        return 0 if self.flushed() else 1
+
     @abstractmethod
     def close(self) -> None:
         """Hand over what is queued, for a second at most, then end the connection.
