@@ -1,5 +1,5 @@
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, final
+from typing import Any, Self, final
 
 from typing_extensions import disjoint_base
 
@@ -29,7 +29,7 @@ class Session:
 
 @final
 class Ledger:
-    def __init__(self, workers: int, most: int) -> None: ...
+    def __new__(cls, workers: int, most: int) -> Self: ...
 
 @final
 class Credit: ...
