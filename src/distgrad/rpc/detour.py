@@ -47,6 +47,11 @@ class Detour:
             self._messages.append(message)
             return False
 
+    def waiting(self) -> int:
+        """Count what is kept; see `Connection.waiting`."""
+        with self._lock:
+            return len(self._messages) if self._connection is None else self._connection.waiting()
+
     def join(self, connection: Connection) -> None:
         """Send what was kept, and from now on everything, over a connection."""
         with self._lock:
