@@ -147,7 +147,7 @@ def main() -> None:
     options = parser.parse_args()
     contents = [json.loads(path.read_text()) for path in options.files]
     loaded = [content for content in contents if "benchmark" in content]
-    order = ["rpc", "rref", "backward", "graph", "codec"]
+    order = ["rpc", "rref", "backward", "contexts", "graph", "codec"]
     results = {r["benchmark"]: r for r in sorted(loaded, key=lambda r: order.index(r["benchmark"]))}
     if options.write:
         write_block(ROOT / "README.md", summary_table(results))
