@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from distgrad import rpc
+from distgrad.rpc.future import Future
 from distgrad.testing import World
 
 CALLS = int(os.environ.get("DISTGRAD_TEST_CALLS", "20000"))
@@ -194,3 +195,30 @@ def test_many_calls_keep_memory_and_descriptors_flat(transport):
         assert memory < 2_000_000
         assert blocks < max(1000, CALLS // 20)  # no call in twenty leaves an object
         assert descriptors < 5  # heartbeats open some for a moment
+
+
+def test_thread_that_runs_a_task_of_its_chain_is_given_no_other():
+    # The first task may wait, on that thread's stack, for what the second one does.
+    with World(1) as world:
+        agent = world.run(lambda rank: rpc.current_worker())[0].agent
+        chain = agent.new_id()
+        awaited = Future(agent=agent, chain=chain)
+        second = threading.Event()
+        here = []
+
+        def first():
+            here.append(threading.current_thread() is threading.main_thread())
+            agent.submit(second.set, chain)
+            awaited.set_result(second.wait(20))
+
+        def tick(now):
+            if threading.current_thread() is not threading.main_thread():
+                return now + 0.001
+            agent.ticks.remove(tick)
+            agent.submit(first, chain)  # to the thread that polls, because it waits
+            return float("inf")
+
+        agent.ticks.append(tick)
+        agent.tick_by(time.monotonic())
+        assert awaited.wait(30)
+        assert here == [True]

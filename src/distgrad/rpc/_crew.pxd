@@ -14,6 +14,7 @@ cdef class Waiter:
     cdef int depth                 # waiting threads of the same chain below on this stack
     cdef object tasks              # deque of tasks given to this thread; None without
     cdef bint leads                # the role was handed to this thread, or it polls
+    cdef bint runs                 # it runs a task given to it, and looks for no other
     cdef bint over                 # it waits no longer
     cdef object mailbox            # SimpleQueue that wakes it; made when it has to sleep
 

@@ -136,7 +136,7 @@ cdef class CrewCore(Desk):
     cdef Waiter find(self, object chain):
         """Return the thread that may run a task of a chain on its stack, if there is one."""
         cdef Waiter waiter = self.innermost.get(chain)
-        if waiter is None or waiter.over or waiter.depth >= config.inline_depth:
+        if waiter is None or waiter.over or waiter.runs or waiter.depth >= config.inline_depth:
             return None
         return waiter
 
@@ -199,8 +199,15 @@ cdef class CrewCore(Desk):
         if waiter.tasks and waiter.leads:   # woken by a task and picked to lead at once
             waiter.leads = False
             self.pass_on()
-        while waiter.tasks:
-            self.run(waiter.tasks.popleft())
+        task = waiter.tasks.popleft() if waiter.tasks else None
+        waiter.runs = True          # what arrives now may be what this task will wait for
+        try:
+            while waiter.tasks:
+                self.enqueue(waiter.tasks.popleft())
+            if task is not None:
+                self.run(task)
+        finally:
+            waiter.runs = False
         return 0
 
     cdef int lead(self, Waiter waiter, Future future, double deadline) except -1:
