@@ -163,7 +163,9 @@ def test_shutdown_with_living_references_reports_them_and_ends(
     kept.clear()
     said = [record.getMessage() for record in caplog.records]
     # Whichever of the two that refer to each other leaves first.
-    assert any(re.search(r"leaves 1 value that others refer to: 'worker\d' \(\d\)", t) for t in said)
+    assert any(
+        re.search(r"leaves 1 value that others refer to: 'worker\d' \(\d\)", t) for t in said
+    )
 
 
 def test_shutdown_without_references_reports_nothing(caplog: pytest.LogCaptureFixture) -> None:
