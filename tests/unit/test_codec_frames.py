@@ -200,7 +200,7 @@ def test_codec_payload_checks_lengths_and_padding() -> None:
         ("c9 01000000 8178 00", "not exposed here"),
         ("c9 01000000 8464617465 00", "not exposed here"),
         ("c8 8464617465 c003000000 00 00 00", "ValueError"),
-        ("c8 8464617465 00", "TypeError"),
+        ("c8 8464617465 00", "are no tuple"),
     ],
 )
 def test_codec_malformed_value_is_refused(meta: str, message: str) -> None:
