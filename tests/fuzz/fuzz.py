@@ -35,8 +35,10 @@ def run_libfuzzer(options: argparse.Namespace) -> int:
     orders = environment(library) | {
         "DISTGRAD_FUZZ_PYTHON": sys.executable,
         "DISTGRAD_FUZZ_TARGET": f"target_{options.target}",
+        # What a header announces is taken at once, up to this limit: below that of the fuzzer.
+        "DISTGRAD_MAX_PAYLOAD_BYTES": str(2**24),
     }
-    corpus = [found, *seeds(options.target)]
+    corpus = options.inputs or [found, *seeds(options.target)]
     arguments = [f"-max_total_time={options.seconds}", "-print_final_stats=1"]
     if options.merge:
         arguments, corpus = ["-merge=1", "-use_counters=0"], [options.merge, *corpus]
@@ -56,7 +58,7 @@ def run_without(options: argparse.Namespace) -> int:
     orders = build_for_python(os.environ.get("CC", "gcc"))
     command = [
         sys.executable, __file__, options.target, f"--seconds={options.seconds}", "--blind-loop",
-        f"--work={options.work}",
+        f"--work={options.work}", *options.inputs,
     ]  # fmt: skip
     return subprocess.run(command, env=orders).returncode
 
@@ -64,7 +66,8 @@ def run_without(options: argparse.Namespace) -> int:
 def blind_loop(options: argparse.Namespace) -> int:
     """Run in the sanitized process: every input, then mutations of them."""
     target = importlib.import_module(f"target_{options.target}")
-    inputs = [p.read_bytes() for folder in seeds(options.target) for p in folder.iterdir()]
+    paths = options.inputs or [p for folder in seeds(options.target) for p in folder.iterdir()]
+    inputs = [path.read_bytes() for path in paths]
     until = time.monotonic() + options.seconds
     last = options.work / f"{options.target}-last"
     executions = 0
@@ -97,14 +100,16 @@ def mutations(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("inputs", nargs="*", type=Path, help="run these files only")
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "fuzz")
     parser.add_argument("--merge", type=Path, help="write a minimal corpus to this folder")
     parser.add_argument("--blind", action="store_true", help="do without clang")
     parser.add_argument("--blind-loop", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=1)
-    options, options.extra = parser.parse_known_args()
+    options, options.extra = parser.parse_known_intermixed_args()
     options.work = options.work.absolute()
+    options.inputs = [path.absolute() for path in options.inputs]
     options.work.mkdir(parents=True, exist_ok=True)
     if options.blind_loop:
         return blind_loop(options)
