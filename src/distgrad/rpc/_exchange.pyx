@@ -340,26 +340,14 @@ cdef class Exchange:
         """
         self.transmit(connection, message)
 
-    def post(self, int to, uint8_t kind, tuple body not None, *, context_id=0):
-        """Send a one-way message.
+    cpdef int tell(self, int to, message, context_id=0) except -1:
+        """Send a one-way message object.
 
         Raises
         ------
         WorkerLostError
             If the receiver is lost.
         """
-        cdef Session session = new_session(self.worker, to)
-        cdef Outgoing message
-        try:
-            message = encode_message(kind, body, session)
-            message.context_id = context_id
-            self.transmit(self.route(to), message)
-        except Exception:
-            session.drop()
-            raise
-
-    cpdef int tell(self, int to, message, context_id=0) except -1:
-        """Send a one-way message object, as `post` does."""
         cdef Session session = new_session(self.worker, to)
         cdef Outgoing outgoing
         try:

@@ -239,12 +239,11 @@ class _Knock:
 
     def _look(self) -> bool:
         """See whether there is an answer; whether anybody is there does not matter here."""
-        try:
-            self._sock.recv(1)
-        except BlockingIOError:
-            return False
-        except OSError:
-            pass  # refused or reset: it has ended
+        with suppress(OSError):  # refused, reset, out of reach: its connections tell
+            try:
+                self._sock.recv(1)
+            except BlockingIOError:
+                return False
         self.drop()
         self._rounds.heard(self._peer)
         return True
