@@ -199,13 +199,14 @@ cdef class CrewCore(Desk):
         if waiter.tasks and waiter.leads:   # woken by a task and picked to lead at once
             waiter.leads = False
             self.pass_on()
-        task = waiter.tasks.popleft() if waiter.tasks else None
+        if not waiter.tasks:        # taken back meanwhile
+            return 0
+        task = waiter.tasks.popleft()
         waiter.runs = True          # what arrives now may be what this task will wait for
         try:
             while waiter.tasks:
                 self.enqueue(waiter.tasks.popleft())
-            if task is not None:
-                self.run(task)
+            self.run(task)
         finally:
             waiter.runs = False
         return 0
