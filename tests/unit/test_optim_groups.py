@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 
 from distgrad._core import Tensor
-from distgrad.optim import SGD, Adam, Optimizer
+from distgrad.optim import (
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Optimizer,
+    RMSprop,
+    Rprop,
+)
+
+KINDS = [SGD, Adam, AdamW, Adagrad, RMSprop, Adadelta, Adamax, Rprop]
 
 
 def leaf(*values: float) -> Tensor:
@@ -97,10 +109,118 @@ def test_state_dict_of_other_groups_is_refused() -> None:
         SGD([leaf(1.0)]).load_state_dict(SGD([leaf(1.0), leaf(2.0)]).state_dict())
 
 
-def test_gradient_of_another_shape_is_refused() -> None:
+@pytest.mark.parametrize("cls", [SGD, Adam])
+@pytest.mark.parametrize(
+    ("gradient", "error", "fact"),
+    [
+        (np.ones(3), ValueError, r"parameter 2 of shape \(2,\): its gradient has shape \(3,\)"),
+        (np.ones(2, complex), TypeError, "dtype float64: its gradient has dtype complex128"),
+        (np.array(["a", "b"]), TypeError, "parameter 2 of dtype float64: .* dtype <U1"),
+    ],
+)
+def test_gradient_that_does_not_fit_is_refused_before_anything_changes(
+    cls: type[Optimizer], gradient: Any, error: type[Exception], fact: str
+) -> None:
+    first, other, last = leaf(1.0), leaf(1.0), leaf(1.0, 2.0)
+    optimizer = cls([{"params": [first]}, {"params": [other, last]}], lr=0.5)
+    for act in (optimizer.step, optimizer.prepare):
+        with pytest.raises(error, match=fact):
+            act({**ones(first, other), last: gradient})
+    assert (first.item(), other.item(), last.data.tolist()) == (1.0, 1.0, [1.0, 2.0])
+    assert optimizer.state == {}
+
+
+def test_parameter_that_cannot_be_written_is_refused_before_anything_changes() -> None:
+    first, frozen = leaf(1.0), leaf(1.0)
+    frozen.data.flags.writeable = False
+    optimizer = SGD([first, frozen], lr=0.5)
+    with pytest.raises(ValueError, match="parameter 1 in place: its memory is read-only"):
+        optimizer.step(ones(first, frozen))
+    assert first.item() == 1.0
+    optimizer.prepare(ones(first, frozen)).commit()  # has memory of its own
+    assert (first.item(), frozen.item()) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("cls", KINDS)
+@pytest.mark.parametrize("phases", [1, 2])
+def test_gradient_of_another_dtype_counts_as_one_of_the_parameter(
+    cls: type[Optimizer], phases: int
+) -> None:
+    values = [0.5, -2.0, 0.25]
+    for dtype, given in [(np.complex128, np.float64), (np.float64, np.float32), (np.float32, int)]:
+        a, b = (Tensor(np.ones(3, dtype), requires_grad=True) for _ in range(2))
+        for param, kind in ((a, dtype), (b, given)):
+            gradient = np.array(values).astype(given).astype(kind)
+            optimizer = cls([param])
+            for _ in range(2):
+                if phases == 1:
+                    optimizer.step({param: Tensor(gradient)})
+                else:
+                    optimizer.prepare({param: Tensor(gradient)}).commit()
+        np.testing.assert_array_equal(a.data, b.data)
+        assert b.data.dtype == dtype
+
+
+@pytest.mark.parametrize("cls", KINDS)
+@pytest.mark.parametrize("phases", [1, 2])
+def test_gradient_that_overlaps_the_parameter_is_read_before_it_is_written(
+    cls: type[Optimizer], phases: int
+) -> None:
+    memory = np.linspace(-1, 1, 41)
+    apart = Tensor(memory[:-1].copy(), requires_grad=True)
+    param = Tensor(memory[:-1], requires_grad=True)
+    plain, overlapping = cls([apart], lr=0.5), cls([param], lr=0.5)
+    for _ in range(2):
+        given = {apart: Tensor(memory[1:].copy())}
+        plain.step(given)
+        if phases == 1:
+            overlapping.step({param: Tensor(memory[1:])})
+        else:
+            overlapping.prepare({param: Tensor(memory[1:])}).commit()
+        np.testing.assert_array_equal(param.data, apart.data)
+        param.data = memory[:-1]
+        apart.data[...] = memory[:-1]
+
+
+@pytest.mark.parametrize("cls", KINDS)
+@pytest.mark.parametrize("shape", [(0,), (0, 3), ()])
+def test_parameter_without_numbers_or_axes_steps(
+    cls: type[Optimizer], shape: tuple[int, ...]
+) -> None:
+    param = Tensor(np.ones(shape), requires_grad=True)
+    optimizer = cls([param])
+    optimizer.step(ones(param))
+    optimizer.prepare(ones(param)).commit()
+    assert param.data.shape == shape
+    assert (param.data < 1).all()
+
+
+@pytest.mark.parametrize("cls", KINDS)
+@pytest.mark.parametrize("phases", [1, 2])
+def test_parameter_with_gaps_steps_like_one_without(cls: type[Optimizer], phases: int) -> None:
+    for dtype in (np.float64, np.complex64):
+        memory = np.ones((4, 6), dtype)
+        gaps = Tensor(memory[:, ::2], requires_grad=True)
+        whole = Tensor(np.ones((4, 3), dtype), requires_grad=True)
+        for param in (gaps, whole):
+            optimizer = cls([param])
+            for _ in range(2):
+                gradient = Tensor(param.data * dtype(0.5))
+                if phases == 1:
+                    optimizer.step({param: gradient})
+                else:
+                    optimizer.prepare({param: gradient}).commit()
+        np.testing.assert_array_equal(gaps.data, whole.data)
+        assert (memory[:, 1::2] == 1).all()
+
+
+def test_prepare_given_up_leaves_nothing_in_the_state_of_later_steps() -> None:
     param = leaf(1.0, 2.0)
-    with pytest.raises(ValueError, match=r"shape \(2,\): its gradient has shape \(3,\)"):
-        SGD([param]).step({param: Tensor(np.ones(3))})
+    optimizer = SGD([param], lr=0.5, momentum=0.9)
+    optimizer.prepare(ones(param))
+    optimizer.param_groups[0]["momentum"] = 0.0
+    optimizer.prepare(ones(param)).commit()
+    assert optimizer.state == {param: {}}
 
 
 @pytest.mark.parametrize(

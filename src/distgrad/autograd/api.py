@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from distgrad._core import Tensor
+from distgrad._core import GradientTable, Tensor
 from distgrad.autograd import collecting, waiting  # noqa: F401  expose what others ask for
 from distgrad.autograd.context import DistAutogradContext, current
 from distgrad.autograd.engine import Engine
@@ -20,6 +20,7 @@ __all__ = [
     "current_context",
     "debug_info",
     "get_gradients",
+    "gradients_here",
     "install",
     "is_valid_context",
     "retrieve_context",
@@ -121,6 +122,15 @@ def get_gradients(context_id: int) -> dict[Tensor, Tensor]:
         If this worker has no such context, or it is finished.
     """
     return _engine().existing(context_id).gradients.as_dict()
+
+
+def gradients_here(context_id: int) -> GradientTable:
+    """Return the gradients of this worker's leaves as passes accumulate them, only to be read.
+
+    Empty where this worker has no such context: it may never have heard of it.
+    """
+    part = _engine().parts.get(context_id)
+    return GradientTable() if part is None else part.gradients
 
 
 def current_context() -> DistAutogradContext:

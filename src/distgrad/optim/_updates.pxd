@@ -2,6 +2,8 @@
 
 cimport numpy as cnp
 
+from distgrad.graph._node cimport TensorBase
+
 cdef extern from "optim/kernels.h" nogil:
     struct Rates "dg_rates":
         double lr, decay, eps
@@ -38,3 +40,10 @@ cdef class Update:
                  const void *gradient) except -1
     cdef void launch(self, int typenum, Py_ssize_t n, void **source, void **sink,
                      const void *gradient, const Rates *rates) noexcept nogil
+
+
+cdef class Change:
+    cdef TensorBase param
+    cdef cnp.ndarray values     # new while the step is prepared, then old; None before the first
+    cdef dict state             # that goes with them
+    cdef dict before            # while the step is prepared: what it found; None for nothing

@@ -1,5 +1,5 @@
-from collections.abc import Iterable, Mapping
-from typing import Any, final
+from collections.abc import Iterable
+from typing import Any, Protocol, final
 
 from distgrad._core import Tensor
 from distgrad.optim.optimizer import Array
@@ -9,25 +9,31 @@ __pyx_capi__: dict[str, object]
 @final
 class Update: ...
 
+@final
+class Change: ...
+
+class _Gradients(Protocol):
+    def get(self, leaf: Tensor, /) -> Tensor | None: ...
+
+def gather(
+    params: Iterable[Tensor], gradients: _Gradients | None, number: int, in_place: bool
+) -> tuple[list[Tensor], list[Array]]: ...
 def step_in_place(
     update: Update | None,
-    params: Iterable[Tensor],
-    gradients: Mapping[Tensor, Tensor] | None,
+    params: list[Tensor],
+    gradients: list[Array],
     states: dict[Tensor, dict[str, Any]],
-) -> list[tuple[Tensor, Tensor]]: ...
+) -> list[int]: ...
 def step_aside(
     update: Update | None,
-    params: Iterable[Tensor],
-    gradients: Mapping[Tensor, Tensor] | None,
+    params: list[Tensor],
+    gradients: list[Array],
     states: dict[Tensor, dict[str, Any]],
-    spares: dict[Tensor, tuple[Array, dict[str, Any]]],
-    outcomes: list[tuple[Tensor, Array, dict[str, Any]]],
-) -> list[tuple[Tensor, Tensor]]: ...
-def exchange(
-    outcomes: list[tuple[Tensor, Array, dict[str, Any]]],
-    states: dict[Tensor, dict[str, Any]],
-    spares: dict[Tensor, tuple[Array, dict[str, Any]]],
-) -> None: ...
+    changes: dict[Tensor, Change],
+    prepared: list[Change],
+) -> list[int]: ...
+def change_to(param: Tensor, values: Array, state: dict[str, Any]) -> Change: ...
+def exchange(prepared: list[Change], states: dict[Tensor, dict[str, Any]]) -> None: ...
 def sgd(group: dict[str, Any]) -> Update: ...
 def adam(group: dict[str, Any], decoupled: bool) -> Update: ...
 def adamax(group: dict[str, Any]) -> Update: ...

@@ -3,9 +3,9 @@
 
 U1  What is done here has the bits of the formulas in ``Optimizer._update``, and is done for
     contiguous arrays of float32 and float64; everything else is left to those.
-U2  A step in place writes the parameter and its state. A prepared step writes spare arrays
-    and exchanges them when it is committed; what was exchanged is the spare of the next one.
-U3  A spare is written only if nobody else can see it: one reference, its own memory.
+U2  A step in place writes the parameter and its state. A prepared step writes the arrays of
+    `Change` and exchanges them when it is committed; what came out is written by the next one.
+U3  Such an array is written only if nobody else can see it: one reference, its own memory.
 """
 
 cimport cython
@@ -15,6 +15,7 @@ from cpython.object cimport PyObject
 from libc.math cimport pow, sqrt
 from libc.string cimport memset
 
+from distgrad.graph._gradient cimport GradientTable
 from distgrad.graph._kernels cimport UNLOCKED, is_loopable
 from distgrad.graph._node cimport TensorBase, mark_written
 
@@ -24,7 +25,6 @@ cnp.import_array()
 
 cdef extern from "Python.h":
     Py_ssize_t Py_REFCNT(PyObject *)
-    PyObject *PyTuple_GET_ITEM(tuple, Py_ssize_t)
 
 cdef extern from "optim/kernels.h" nogil:
     void dg_sgd_f64(Py_ssize_t, double **, double **, const double *, const Rates *) noexcept
@@ -64,6 +64,8 @@ cdef class Update:
                     cnp.ndarray target, dict fresh) except -1:
         """Step from ``data`` and ``state`` to ``target`` and ``fresh``, which may be the same.
 
+        ``state`` is None or empty before the first step. What else ``fresh`` has is forgotten.
+
         Returns
         -------
         bool
@@ -71,25 +73,28 @@ cdef class Update:
         """
         cdef void *source[MOST_ARRAYS]
         cdef void *sink[MOST_ARRAYS]
-        cdef Py_ssize_t n = cnp.PyArray_SIZE(data)
-        cdef Py_ssize_t i = 0
-        cdef long step
+        cdef Py_ssize_t i = 0, expected = len(self.names) + self.counts
+        cdef Py_ssize_t kept = 0 if state is None else len(state)
+        cdef long step = 1
         cdef cnp.ndarray old, new
-        if not (is_loopable(data) and is_like(gradient, data) and cnp.PyArray_ISWRITEABLE(target)
-                and len(state) in (0, len(self.names) + self.counts)):
+        if not (is_loopable(data) and is_like(gradient, data) and (kept == 0 or kept == expected)
+                and cnp.PyArray_ISWRITEABLE(target)):
             return False
+        if self.counts and kept:
+            step = state.get("step", 0) + 1
         memset(source, 0, sizeof(source))
         memset(sink, 0, sizeof(sink))
         source[0] = cnp.PyArray_DATA(data)
         sink[0] = cnp.PyArray_DATA(target)
-        self.rates.first = False
+        self.rates.first = kept == 0
         for name in self.names:
             i += 1
-            found = state.get(name)
+            found = state.get(name) if kept else None
             if found is None:
+                if kept:
+                    return False
                 found = self.first(data, i)
                 new = fresh[name] = found
-                self.rates.first = True
             elif not is_like(found, data):
                 return False
             else:
@@ -97,11 +102,14 @@ cdef class Update:
             old = found
             source[i] = cnp.PyArray_DATA(old)
             sink[i] = cnp.PyArray_DATA(new)
-        step = state.get("step", 0) + 1 if self.counts else 1
         self.set_step(step)
-        self.run(cnp.PyArray_TYPE(data), n, source, sink, cnp.PyArray_DATA(<cnp.ndarray>gradient))
+        self.run(cnp.PyArray_TYPE(data), cnp.PyArray_SIZE(data), source, sink,
+                 cnp.PyArray_DATA(<cnp.ndarray>gradient))
         if self.counts:
             fresh["step"] = step
+        if len(fresh) != expected:
+            for name in fresh.keys() - {*self.names, "step"}:
+                del fresh[name]
         return True
 
     cdef object first(self, cnp.ndarray data, Py_ssize_t number):
@@ -164,55 +172,144 @@ cdef bint is_spare(PyObject *array, cnp.ndarray like) noexcept:
 
 # --- the parameters of a group --------------------------------------------------------------
 
-def step_in_place(Update update, params, gradients, dict states not None):
-    """Step the parameters that have gradients.
+@cython.final
+cdef class Change:
+    """The next values of a parameter and of its state; once it has them, memory for those after.
+
+    The optimizer keeps one a parameter. While a prepared step has it too, another step that is
+    prepared meanwhile makes its own.
+    """
+
+
+def gather(params, gradients, Py_ssize_t number, bint in_place):
+    """Find the parameters that have gradients, and check that these can be used.
+
+    Parameters
+    ----------
+    params
+        The parameters of a group.
+    gradients
+        Parameter to gradient, a `GradientTable`, or None for ``.grad``.
+    number
+        Position of the first parameter among all of the optimizer, for errors.
+    in_place
+        Whether the parameters themselves will be written.
+
+    Returns
+    -------
+    params, arrays : list
+        The parameters, and their gradients as arrays of the same shape.
+    """
+    cdef TensorBase param
+    cdef list found = [], arrays = []
+    for param in params:
+        gradient = gradient_of(param, gradients)
+        if gradient is not None:
+            array = (
+                (<TensorBase>gradient).array if isinstance(gradient, TensorBase) else gradient
+            )
+            if not is_like(array, param.array):
+                array = checked(array, param.array, number)
+            if in_place:
+                if not cnp.PyArray_ISWRITEABLE(param.array):
+                    raise ValueError(
+                        f"cannot update parameter {number} in place: its memory is read-only"
+                    )
+                if overlaps(<cnp.ndarray>array, param.array):
+                    array = array.copy()
+            found.append(param)
+            arrays.append(array)
+        number += 1
+    return found, arrays
+
+
+cdef object gradient_of(TensorBase param, object gradients):
+    """Return the gradient of a parameter as its holder has it, or None."""
+    cdef PyObject *found
+    if gradients is None:
+        return param.gradient
+    if type(gradients) is dict:
+        found = PyDict_GetItemWithError(gradients, param)
+    elif type(gradients) is GradientTable:     # what it has is only read here: no need to ask it
+        found = PyDict_GetItemWithError((<GradientTable>gradients).entries, param)
+    else:
+        return gradients.get(param)
+    return None if found == NULL else <object>found
+
+
+cdef object checked(object gradient, cnp.ndarray data, Py_ssize_t number):
+    """Return a gradient that is not quite like its parameter as an array of the same dtype."""
+    if not cnp.PyArray_CheckExact(gradient):
+        gradient = np.asarray(gradient)
+    if gradient.shape != (<object>data).shape:
+        raise ValueError(
+            f"cannot update parameter {number} of shape {(<object>data).shape}: "
+            f"its gradient has shape {gradient.shape}"
+        )
+    if not np.can_cast(gradient.dtype, data.dtype, "same_kind"):
+        raise TypeError(
+            f"cannot update parameter {number} of dtype {data.dtype}: "
+            f"its gradient has dtype {gradient.dtype}"
+        )
+    return gradient.astype(data.dtype, copy=False)
+
+
+cdef bint overlaps(cnp.ndarray gradient, cnp.ndarray data) except -1:
+    """Whether a gradient may change while the parameter is written."""
+    cdef char *a = <char *>cnp.PyArray_DATA(gradient)
+    cdef char *b = <char *>cnp.PyArray_DATA(data)
+    if is_loopable(gradient) and is_loopable(data):
+        return a < b + cnp.PyArray_NBYTES(data) and b < a + cnp.PyArray_NBYTES(gradient)
+    return np.may_share_memory(gradient, data)
+
+
+def step_in_place(Update update, list params not None, list gradients not None,
+                  dict states not None):
+    """Step parameters.
 
     Parameters
     ----------
     update
         What to do; None does nothing.
-    params
-        The parameters of a group.
-    gradients
-        Parameter to gradient, or None for ``.grad``.
+    params, gradients
+        As `gather` returns them.
     states
         Parameter to its state.
 
     Returns
     -------
     list
-        Parameter and gradient where there is one and no kernel for it: nothing was done there.
+        Positions of parameters for which there is no kernel: nothing was done there.
     """
     cdef TensorBase param
+    cdef Py_ssize_t i
     cdef list left = []
-    for param in params:
-        gradient = param.gradient if gradients is None else gradients.get(param)
-        if gradient is None:
-            continue
+    for i in range(len(params)):
+        param = params[i]
         state = states.get(param)
         if state is None:
             state = {}
         if update is not None and update.apply(
-                param.array, array_of(gradient), state, param.array, state):
+                param.array, gradients[i], state, param.array, state):
             mark_written(param, "step")
             states[param] = state
         else:
-            left.append((param, gradient))
+            left.append(i)
     return left
 
 
-def step_aside(Update update, params, gradients, dict states not None, dict spares not None,
-               list outcomes not None):
-    """Compute the step of the parameters that have gradients, and change none.
+def step_aside(Update update, list params not None, list gradients not None,
+               dict states not None, dict changes not None, list prepared not None):
+    """Compute the step of parameters, and change none.
 
     Parameters
     ----------
     update, params, gradients, states
         See `step_in_place`.
-    spares
-        Parameter to array and state that may be written; what is used is taken out.
-    outcomes
-        Gets parameter, new array and new state.
+    changes
+        Parameter to the `Change` that an optimizer keeps.
+    prepared
+        Gets the changes that were made.
 
     Returns
     -------
@@ -220,64 +317,70 @@ def step_aside(Update update, params, gradients, dict states not None, dict spar
         See `step_in_place`.
     """
     cdef TensorBase param
+    cdef Change change
+    cdef PyObject *found
+    cdef Py_ssize_t i
     cdef list left = []
-    cdef tuple spare
-    cdef dict fresh
-    for param in params:
-        gradient = param.gradient if gradients is None else gradients.get(param)
-        if gradient is None:
-            continue
+    for i in range(len(params)):
+        param = params[i]
         if update is None or not is_loopable(param.array):
-            left.append((param, gradient))
+            left.append(i)
             continue
-        spare = spares.pop(param, None)
-        target, fresh = taken(spare, param.array)
-        spare = None
-        if update.apply(param.array, array_of(gradient), states.get(param) or {}, target, fresh):
-            outcomes.append((param, target, fresh))
+        found = PyDict_GetItemWithError(changes, param)
+        if found == NULL or Py_REFCNT(found) > 1:
+            change = changes[param] = new_change(param)
         else:
-            left.append((param, gradient))
+            change = <Change>found
+        if not is_spare(<PyObject *>change.values, param.array):
+            change.values = empty_like(param.array)
+        if Py_REFCNT(<PyObject *>change.state) > 1:
+            change.state = {}
+        found = PyDict_GetItemWithError(states, param)
+        change.before = None if found == NULL else <dict?><object>found
+        if update.apply(param.array, gradients[i], change.before, change.values, change.state):
+            prepared.append(change)
+        else:
+            left.append(i)
     return left
 
 
-def exchange(list outcomes not None, dict states not None, dict spares not None):
-    """Put prepared values in the place of the old ones, which become spares.
+def change_to(TensorBase param not None, cnp.ndarray values not None, dict state not None):
+    """Return the `Change` of a parameter to values and state that were made elsewhere."""
+    cdef Change change = new_change(param)
+    change.values = values
+    change.state = state
+    return change
+
+
+cdef inline Change new_change(TensorBase param):
+    cdef Change change = Change.__new__(Change)
+    change.param = param
+    change.state = {}
+    return change
+
+
+def exchange(list prepared not None, dict states not None):
+    """Put prepared values in the place of the old ones, which the changes hold then.
 
     Arrays are exchanged, not written: whoever reads a parameter meanwhile sees all of the
     old values or all of the new ones.
     """
+    cdef Change change
     cdef TensorBase param
-    cdef cnp.ndarray old
-    for param, target, fresh in outcomes:
-        old = param.array
+    for change in prepared:
+        param = change.param
         mark_written(param, "step")
-        param.array = target
-        spares[param] = (old, states.get(param) or {})
-        states[param] = fresh
-    outcomes.clear()
-
-
-cdef tuple taken(tuple spare, cnp.ndarray like):
-    """Return array and state to write, from a spare that nothing else refers to but the caller."""
-    cdef dict fresh = {}
-    cdef PyObject *item
-    if spare is not None:
-        item = PyTuple_GET_ITEM(spare, 1)
-        if Py_REFCNT(item) == 1:
-            fresh = <dict>item
-        item = PyTuple_GET_ITEM(spare, 0)
-        if is_spare(item, like):
-            return <object>item, fresh
-    return empty_like(like), fresh
+        param.array, change.values = change.values, param.array
+        if change.before is None or change.state:   # else both are empty
+            states[param] = change.state
+            change.state = {} if change.before is None else change.before
+        change.before = None
+    prepared.clear()
 
 
 cdef inline object empty_like(cnp.ndarray array):
     return cnp.PyArray_SimpleNew(
         cnp.PyArray_NDIM(array), cnp.PyArray_DIMS(array), cnp.PyArray_TYPE(array))
-
-
-cdef inline object array_of(object gradient):
-    return (<TensorBase>gradient).array if isinstance(gradient, TensorBase) else gradient
 
 
 # --- the optimizers -----------------------------------------------------------------------------

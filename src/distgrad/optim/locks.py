@@ -1,17 +1,18 @@
 """Which step may write which parameters, as a state machine without I/O.
 
 A step takes all its locks at one worker at once, so steps cannot block each other there.
+Parameters are compared by identity.
 First come, first served: a step waits behind every earlier one that it shares a parameter
 with, whether that one has its locks or still waits for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Iterator
 
 __all__ = ["LockTable"]
 
-Keys = frozenset[Hashable]
+Keys = Collection[object]
 
 
 class LockTable:
@@ -54,8 +55,13 @@ class LockTable:
             earlier[step] = keys
 
     def _is_free(self, keys: Keys, earlier: dict[int, Keys]) -> bool:
-        return not any(
-            keys & others for table in (self._held, earlier) for others in table.values()
+        if not self._held and not earlier:
+            return True  # the usual case: what a set of the keys would cost is saved
+        wanted = {id(key) for key in keys}
+        return all(
+            wanted.isdisjoint(id(key) for key in others)
+            for table in (self._held, earlier)
+            for others in table.values()
         )
 
     def __len__(self) -> int:

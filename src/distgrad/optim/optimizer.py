@@ -16,14 +16,24 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from distgrad._core import Tensor
-from distgrad.optim._updates import Update, exchange, step_aside, step_in_place
+from distgrad._core import GradientTable, Tensor
+from distgrad.optim._updates import (
+    Change,
+    Update,
+    change_to,
+    exchange,
+    gather,
+    step_aside,
+    step_in_place,
+)
 
 __all__ = [
     "Array",
+    "Gradients",
     "Optimizer",
     "Parameters",
     "PreparedStep",
+    "Work",
     "as_real",
     "check_at_least",
     "zeros",
@@ -31,6 +41,8 @@ __all__ = [
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Parameters: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
+Gradients: TypeAlias = Mapping[Tensor, Tensor] | GradientTable
+Work: TypeAlias = tuple[dict[str, Any], list[Tensor], list[Array]]
 
 
 class Optimizer(ABC):
@@ -65,7 +77,7 @@ class Optimizer(ABC):
         self.defaults = defaults
         self.param_groups: list[dict[str, Any]] = []
         self.state: dict[Tensor, dict[str, Any]] = {}
-        self._spares: dict[Tensor, tuple[Array, dict[str, Any]]] = {}  # see `prepare`
+        self._changes: dict[Tensor, Change] = {}  # memory of `prepare`
         for group in _as_groups(params):
             self.add_param_group(group)
 
@@ -120,7 +132,7 @@ class Optimizer(ABC):
             else:
                 param.grad.data[...] = 0
 
-    def step(self, gradients: Mapping[Tensor, Tensor] | None = None) -> None:
+    def step(self, gradients: Gradients | None = None) -> None:
         """Update every parameter that has a gradient.
 
         Parameters
@@ -128,15 +140,41 @@ class Optimizer(ABC):
         gradients
             Parameter to gradient, as `distgrad.autograd.get_gradients` returns it; other
             tensors in it are ignored. None takes ``.grad``.
-        """
-        for group in self.param_groups:
-            left = step_in_place(self._fused(group), group["params"], gradients, self.state)
-            for param, gradient in left:
-                data, state = param.data, self.state.setdefault(param, {})
-                self._update(np.atleast_1d(data), _checked(gradient, param), state, group)
-                param.data = data  # the same memory: a graph that saved the old values notices
 
-    def prepare(self, gradients: Mapping[Tensor, Tensor] | None = None) -> PreparedStep:
+        Raises
+        ------
+        ValueError, TypeError
+            If a gradient has another shape than its parameter or cannot become of its dtype, or
+            a parameter cannot be written. No parameter was changed then.
+        """
+        for group, params, arrays in self.gather(gradients, in_place=True):
+            for i in step_in_place(self._fused(group), params, arrays, self.state):
+                data, state = params[i].data, self.state.setdefault(params[i], {})
+                self._update(np.atleast_1d(data), np.atleast_1d(arrays[i]), state, group)
+                params[i].data = data  # the same memory: graphs that saved the old values notice
+
+    def gather(self, gradients: Gradients | None = None, *, in_place: bool = False) -> list[Work]:
+        """Find what there is to do in a step, and check it, before anything is written.
+
+        Parameters
+        ----------
+        gradients
+            As for `step`.
+        in_place
+            Whether the parameters themselves are to be written.
+
+        Returns
+        -------
+        list
+            Of each group: its settings, the parameters that have gradients, those gradients.
+        """
+        work, number = [], 0
+        for group in self.param_groups:
+            work.append((group, *gather(group["params"], gradients, number, in_place)))
+            number += len(group["params"])
+        return work
+
+    def prepare(self, gradients: Gradients | None = None) -> PreparedStep:
         """Compute a step without applying it; everything that can fail fails here.
 
         The new values are written beside the old ones, into memory that the optimizer keeps
@@ -152,16 +190,20 @@ class Optimizer(ABC):
         PreparedStep
             The new values. The parameters must not change before it is committed.
         """
-        outcomes: list[tuple[Tensor, Array, dict[str, Any]]] = []
-        for group in self.param_groups:
+        return self.prepare_gathered(self.gather(gradients))
+
+    def prepare_gathered(self, work: Iterable[Work]) -> PreparedStep:
+        """Do the same with what `gather` found."""
+        changes: list[Change] = []
+        for group, params, arrays in work:
             left = step_aside(
-                self._fused(group), group["params"], gradients, self.state, self._spares, outcomes
+                self._fused(group), params, arrays, self.state, self._changes, changes
             )
-            for param, gradient in left:
-                data, state = param.data.copy(), deepcopy(self.state.get(param, {}))
-                self._update(np.atleast_1d(data), _checked(gradient, param), state, group)
-                outcomes.append((param, data, state))
-        return PreparedStep(self, outcomes)
+            for i in left:
+                data, state = params[i].data.copy(), deepcopy(self.state.get(params[i], {}))
+                self._update(np.atleast_1d(data), np.atleast_1d(arrays[i]), state, group)
+                changes.append(change_to(params[i], data, state))
+        return PreparedStep(self, changes)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state, with parameters by their position.
@@ -217,7 +259,7 @@ class PreparedStep:
     """New values of parameters and their state, computed and not applied."""
 
     optimizer: Optimizer
-    outcomes: list[tuple[Tensor, Array, dict[str, Any]]]
+    changes: list[Change]
 
     def commit(self) -> None:
         """Put the new values in the place of the old ones.
@@ -225,7 +267,7 @@ class PreparedStep:
         Arrays are exchanged, not written: who reads a parameter at this moment sees all
         of the old values or all of the new ones.
         """
-        exchange(self.outcomes, self.optimizer.state, self.optimizer._spares)
+        exchange(self.changes, self.optimizer.state)
 
 
 def as_real(array: Array) -> Array:
@@ -267,13 +309,3 @@ def _check_parameter(param: Any, known: set[int]) -> None:
     if id(param) in known:
         raise ValueError("cannot optimize a tensor twice: it is in a parameter group already")
     known.add(id(param))
-
-
-def _checked(gradient: Tensor, param: Tensor) -> Array:
-    array: Array = gradient.data if isinstance(gradient, Tensor) else np.asarray(gradient)
-    if array.shape != param.shape:
-        raise ValueError(
-            f"cannot update a parameter of shape {param.shape}: "
-            f"its gradient has shape {array.shape}"
-        )
-    return np.atleast_1d(array)

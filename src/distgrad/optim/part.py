@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from distgrad._core import Tensor
+from distgrad import autograd
 from distgrad.optim.adam import Adam, AdamW
 from distgrad.optim.adaptive import Adadelta, Adagrad, Adamax, RMSprop, Rprop
-from distgrad.optim.optimizer import Optimizer, PreparedStep
+from distgrad.optim.optimizer import Array, Gradients, Optimizer, PreparedStep, Work
 from distgrad.optim.sgd import SGD
-from distgrad.optim.steps import gradients_of
 from distgrad.rpc import current_worker, expose
 from distgrad.rref import RRef
 
@@ -60,26 +59,19 @@ class OptimizerPart:
             for group in self._optimizer.param_groups
         ]
 
-    def params_with(self, gradients: Mapping[Tensor, Tensor]) -> list[Tensor]:
-        """Return the parameters that have gradients."""
-        return [
-            param
-            for group in self._optimizer.param_groups
-            for param in group["params"]
-            if param in gradients
-        ]
-
-    def step(self, gradients: Mapping[Tensor, Tensor], settings: Sequence[dict[str, Any]]) -> None:
+    def step(self, gradients: Gradients, settings: Sequence[dict[str, Any]]) -> None:
         """Step in place, at once."""
         self._change(settings)
         self._optimizer.step(gradients)
 
-    def prepare(
-        self, gradients: Mapping[Tensor, Tensor], settings: Sequence[dict[str, Any]]
-    ) -> PreparedStep:
-        """Compute a step aside."""
+    def gather(self, gradients: Gradients) -> list[Work]:
+        """Find the parameters that have gradients."""
+        return self._optimizer.gather(gradients)
+
+    def prepare(self, work: Sequence[Work], settings: Sequence[dict[str, Any]]) -> PreparedStep:
+        """Compute a step of what was gathered aside."""
         self._change(settings)
-        return self._optimizer.prepare(gradients)
+        return self._optimizer.prepare_gathered(work)
 
     def _change(self, settings: Sequence[dict[str, Any]]) -> None:
         for group, changed in zip(self._optimizer.param_groups, settings, strict=True):
@@ -87,15 +79,20 @@ class OptimizerPart:
 
     def square_of_gradients(self, context_id: int) -> float:
         """Return the sum of squares of all gradients of the parameters in a context."""
-        gradients = gradients_of(context_id)
-        arrays = [gradients[param].data for param in self.params_with(gradients)]
+        arrays = self._gradients(context_id)
         return float(sum(np.vdot(array, array).real for array in arrays))
 
     def scale_gradients(self, context_id: int, factor: float) -> None:
         """Multiply all gradients of the parameters in a context, in place."""
-        gradients = gradients_of(context_id)
-        for param in self.params_with(gradients):
-            gradients[param].data[...] *= factor
+        for array in self._gradients(context_id):
+            array *= factor
+
+    def _gradients(self, context_id: int) -> list[Array]:
+        """Return the gradients of the parameters, to be read or written."""
+        if not autograd.is_valid_context(context_id):
+            return []
+        gathered = self.gather(autograd.get_gradients(context_id))
+        return [array for _, _, arrays in gathered for array in arrays]
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the optimizer's state."""

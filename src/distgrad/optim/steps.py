@@ -11,13 +11,13 @@ Invariants
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from distgrad import autograd
+from distgrad.autograd.api import gradients_here
 from distgrad.errors import DistgradError, TransportError
 from distgrad.message import StepDecide, StepPrepare, StepQuestion
 from distgrad.optim.locks import LockTable
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from distgrad._core import Tensor
     from distgrad.optim.part import OptimizerPart
 
-__all__ = ["HOGWILD", "TRY", "WAIT", "StepTable", "gradients_of"]
+__all__ = ["HOGWILD", "TRY", "WAIT", "StepTable"]
 
 #: Modes of a request: fail if another step holds a parameter, wait for it, or step at once,
 #: in place, whatever others do.
@@ -95,12 +95,14 @@ class StepTable:
             raise DistgradError(
                 f"cannot step on worker {self._worker.name!r}: the optimizer was dropped"
             )
-        gradients = gradients_of(context_id)
+        gradients = gradients_here(context_id)
         if mode == HOGWILD:
             part.step(gradients, settings)
             return True
-        compute = partial(self._compute, step, part, gradients, settings)
-        granted = self._acquire(step, part.params_with(gradients), mode == WAIT)
+        work = part.gather(gradients)
+        compute = partial(self._compute, step, part, work, settings)
+        params = [param for _, params, _ in work for param in params]
+        granted = self._acquire(step, params, mode == WAIT)
         if isinstance(granted, Future):
             return granted.then(lambda granted: granted.wait() and compute())
         if granted:
@@ -108,20 +110,19 @@ class StepTable:
         self.decide(step, commit=False)
         return False
 
-    def _acquire(self, step: int, params: Iterable[Tensor], wait: bool) -> bool | Future:
-        keys = frozenset(map(id, params))
+    def _acquire(self, step: int, params: Sequence[Tensor], wait: bool) -> bool | Future:
         with self._lock:
             if step not in self._book.steps:
                 raise DistgradError(f"cannot prepare step {step:#x}: it was aborted")
-            granted = self._locks.acquire(step, keys, wait)
+            granted = self._locks.acquire(step, params, wait)
             if granted or not wait:
                 return granted
             future = self._granted[step] = Future(agent=self._worker.agent)
             return future
 
-    def _compute(self, step: int, part: OptimizerPart, gradients: Any, settings: Any) -> bool:
+    def _compute(self, step: int, part: OptimizerPart, work: Any, settings: Any) -> bool:
         try:
-            prepared = part.prepare(gradients, settings)
+            prepared = part.prepare(work, settings)
         except BaseException:
             self.decide(step, commit=False)
             raise
@@ -191,13 +192,6 @@ class StepTable:
     def debug_info(self) -> dict[str, int]:
         """Return counters; all are 0 while no step is under way."""
         return {"optim.steps": len(self._book.steps), "optim.locks": len(self._locks)}
-
-
-def gradients_of(context_id: int) -> dict[Tensor, Tensor]:
-    """Return the gradients of a context; none where it never reached this worker."""
-    if not autograd.is_valid_context(context_id):
-        return {}
-    return autograd.get_gradients(context_id)
 
 
 # --- messages: on the polling thread -----------------------------------------------------------
