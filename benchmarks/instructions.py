@@ -24,6 +24,13 @@ from typing import Any
 
 FIGURES = Path(__file__).resolve().parent / "results" / "instructions.json"
 WARM_UP = 20
+#: Idle threads of a BLAS spin, and count for as long as the process happens to take.
+SAME_EVERYWHERE = {
+    "PYTHONHASHSEED": "0",
+    "PYTHONMALLOC": "pymalloc",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
 TOLERANCE = 0.05
 ARGUMENTS = ("mod.f", (1, 2.5, "hello", [1, 2, 3], {"a": 1, "b": None}), {"k": True})
 
@@ -275,7 +282,7 @@ def count(measured: str) -> int:
     command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"]
     done = subprocess.run(
         [*command, sys.executable, __file__, "--here", measured],
-        env=os.environ | {"PYTHONHASHSEED": "0", "PYTHONMALLOC": "pymalloc"},
+        env=os.environ | SAME_EVERYWHERE,
         capture_output=True,
         text=True,
         check=True,

@@ -27,19 +27,20 @@ cdef class Ledger:
     cdef uint64_t most             # of one peer; beyond, its requests are turned away
 
 
-cdef class Credit:
-    """The bytes of one request; given back when this is freed."""
+cdef class Charged(Job):
+    """A task whose request counts against its sender until the task is freed."""
 
-    cdef Ledger ledger
-    cdef int peer
-    cdef uint64_t nbytes
+    cdef Ledger ledger             # None without a charge
+    cdef readonly int peer         # who asks
+    cdef uint64_t nbytes           # what the request takes up
+
+    cdef int charge(self, Ledger ledger, int peer, Frame frame) except -1
 
 
-cdef class Charged:
-    """A task that keeps the credit of its request."""
+cdef class Chore(Charged):
+    """A task that the inline handler of a request left behind."""
 
-    cdef object task
-    cdef Credit credit
+    cdef object task               # sets its own activity
 
 
 cdef class Handling:
@@ -52,16 +53,14 @@ cdef class Handling:
     cdef int num_fields            # fields of its body
 
 
-cdef class Served(Job):
+cdef class Served(Charged):
     """A request that waits for, or is in, the hands of a serving thread."""
 
     cdef Exchange exchange         # who answers
     cdef object handler            # see Handling
-    cdef readonly int peer         # who asks
     cdef readonly Frame frame      # the message
     cdef tuple body                # its fields
     cdef double until              # when the caller gives up (monotonic s), inf for never
-    cdef Credit credit             # what the request takes up
 
     cdef int serve(self) except -1
 
@@ -72,6 +71,7 @@ cdef class Exchange:
     cdef readonly CrewCore crew    # its threads
     cdef readonly PendingRequests pending
     cdef readonly dict handlers    # code of a kind -> Handling
+    cdef public object hook        # `Worker.payload_hook`
     cdef public bint closed        # the worker was shut down
     cdef readonly uint64_t issued  # requests sent
     cdef readonly uint64_t handled  # requests answered, or dropped because they were too late
@@ -95,12 +95,12 @@ cdef class Exchange:
     cdef int resolve_id(self, object to) except -1
     cpdef int tell(self, int to, message, context_id=*) except -1
     cpdef submit(self, task, chain=*)
+    cdef int respond(self, int to, uint64_t request_id, object value, object what) except -1
     cdef int answer(self, Served served, object value) except -1
     cdef object decode(self, int peer, Frame frame, Session session)
     cdef int on_frame(self, object connection, Frame frame) except -1
     cdef int record(self, int peer, Frame frame, Session session) except -1
     cdef int on_answer(self, int peer, Frame frame) except -1
     cdef int take_answer(self, RpcFuture future, Frame frame, object body) except -1
-    cdef Credit charge(self, int peer, Frame frame)
     cdef int turn_away(self, object connection, int peer, Frame frame) except -1
     cdef int on_request(self, int peer, Frame frame, Handling handling) except -1

@@ -1,6 +1,7 @@
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Self, final
 
+import numpy as np
 from typing_extensions import disjoint_base
 
 from distgrad._codec import Frame, Outgoing
@@ -8,7 +9,7 @@ from distgrad._core import Tensor
 from distgrad.rpc._crew import Job
 from distgrad.rpc._future import Future, PendingRequests, RpcFuture
 from distgrad.rpc.crew import Crew
-from distgrad.rpc.hooks import Handler
+from distgrad.rpc.hooks import Handler, PayloadHook
 from distgrad.rpc.links import Links
 from distgrad.rpc.options import WorkerInfo
 from distgrad.rpc.worker import Worker
@@ -27,16 +28,21 @@ class Session:
     def take_back(self) -> None: ...
     def slot_of(self, tensor: Tensor) -> int: ...
 
+def unwrap_tensor(tensor: Tensor, session: Session | None) -> tuple[np.ndarray, bool, int]: ...
+def wrap_tensor(
+    array: np.ndarray, requires_grad: bool, slot: int, session: Session | None
+) -> Tensor: ...
+
 @final
 class Ledger:
     def __new__(cls, workers: int, most: int) -> Self: ...
 
-@final
-class Credit: ...
+class Charged(Job):
+    @property
+    def peer(self) -> int: ...
 
 @final
-class Charged:
-    def __call__(self) -> None: ...
+class Chore(Charged): ...
 
 @final
 class Handling:
@@ -49,15 +55,14 @@ class Handling:
     def kind(self) -> type: ...
 
 @final
-class Served(Job):
-    @property
-    def peer(self) -> int: ...
+class Served(Charged):
     @property
     def frame(self) -> Frame: ...
 
 @disjoint_base
 class Exchange:
     closed: bool
+    hook: PayloadHook | None
     def _assemble(
         self, worker: Worker, links: Links, crew: Crew, pending: PendingRequests
     ) -> None: ...
@@ -100,7 +105,7 @@ class Exchange:
     def reply_with(self, to: int, request_id: int, kind: int, body: tuple[Any, ...]) -> None: ...
     def count_handled(self) -> None: ...
     def _answer_later(
-        self, peer: int, request_id: int, what: object, value: Future, credit: Credit
+        self, served: Served, request_id: int, what: object, value: Future
     ) -> None: ...
     def on_events(self, events: list[Any]) -> None: ...
     def _take_answer_later(

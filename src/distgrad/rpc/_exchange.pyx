@@ -20,6 +20,8 @@ from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from distgrad._codec cimport HEADER_NBYTES, Frame, Outgoing, decode_message, encode_message
+from distgrad._core cimport Tensor
+from distgrad.graph._node cimport TensorBase
 from distgrad.rpc._activity cimport Activity, current_activity, enter_activity
 from distgrad.rpc._crew cimport CrewCore, Job
 from distgrad.rpc._future cimport IS_DONE, IS_FAILED, Future, PendingRequests, RpcFuture
@@ -27,6 +29,7 @@ from distgrad.rpc._future cimport IS_DONE, IS_FAILED, Future, PendingRequests, R
 from distgrad.config import config
 from distgrad.errors import (
     DistgradError,
+    GraphError,
     ProtocolError,
     RpcTimeoutError,
     SerializationError,
@@ -52,6 +55,7 @@ cdef str MARK = functions.ANSWERS_LATER
 cdef object Coroutine = CoroutineType, Function = FunctionType
 cdef dict _names = exposure.called_names          # function -> name
 cdef dict _declared = exposure.declared    # name -> function
+cdef dict _titles = {}                     # name -> what errors call a call of it
 
 
 @cython.final
@@ -109,6 +113,28 @@ cdef inline Session new_session(object worker, int peer):
     return session
 
 
+def unwrap_tensor(TensorBase tensor not None, session):
+    """Return what is sent of a tensor: array, whether it requires grad, its slot or -1."""
+    if not tensor.needs:
+        return tensor.array, False, -1
+    return tensor.array, True, -1 if session is None else session.slot_of(tensor)
+
+
+def wrap_tensor(array not None, bint requires_grad, int slot, session):
+    """Return the tensor that arrived, and note it in the session if it requires grad."""
+    cdef Tensor tensor = Tensor.__new__(Tensor)
+    tensor.array = array
+    if not requires_grad:
+        return tensor
+    try:
+        tensor.requires_grad_()
+    except GraphError as error:     # no honest sender has such a tensor
+        raise ProtocolError(f"cannot decode message: {error}") from error
+    if session is not None and slot == len(session.tensors):
+        session.tensors.append(tensor)
+    return tensor
+
+
 cdef inline bint stands_alone(Outgoing message, Session session):
     """Whether a call or answer means the same before the messages that were sent earlier.
 
@@ -140,11 +166,19 @@ cdef class Ledger:
         free(self.held)
 
 
-@cython.final
-@cython.no_gc
-@cython.freelist(16)
-cdef class Credit:
-    """The bytes of one request; given back when this is freed."""
+@cython.no_gc_clear     # the ledger must be there to the last
+cdef class Charged(Job):
+    """A task whose request counts against its sender until the task is freed."""
+
+    cdef int charge(self, Ledger ledger, int peer, Frame frame) except -1:
+        """Count the request; once."""
+        self.peer = peer
+        self.nbytes = (
+            REQUEST_NBYTES + VALUE_NBYTES * <uint64_t>len(frame.meta) + frame.payload_nbytes
+        )
+        self.ledger = ledger
+        ledger.held[peer] += self.nbytes
+        return 0
 
     def __dealloc__(self):
         if self.ledger is not None:
@@ -152,12 +186,13 @@ cdef class Credit:
 
 
 @cython.final
-cdef class Charged:
-    """A task that keeps the credit of its request."""
+@cython.no_gc_clear
+cdef class Chore(Charged):
+    """A task that the inline handler of a request left behind."""
 
-    def __call__(self):
-        """Run the task."""
+    cdef int perform(self) except -1:
         self.task()
+        return 0
 
 
 @cython.final
@@ -277,7 +312,7 @@ cdef class Exchange:
         message.chain = future.chain
         if future.timeout > 0.0:
             message.deadline_us = <uint64_t>min(max(future.timeout * 1e6, 1.0), 4294967295.0)
-        hook = self.worker.payload_hook
+        hook = self.hook
         if hook is not None:
             future.context_id, future.message_id = hook.outgoing(
                 self.worker, future.peer, session.tensors, False, future.what
@@ -364,11 +399,14 @@ cdef class Exchange:
 
         ``what`` tells the autograd hook what was asked for.
         """
+        self.respond(to, request_id, value, what)
+
+    cdef int respond(self, int to, uint64_t request_id, object value, object what) except -1:
         cdef Session session = new_session(self.worker, to)
         cdef Outgoing message
         try:
             message = encode_message(REPLY, (value,), session)
-            hook = self.worker.payload_hook
+            hook = self.hook
             if hook is not None and session.tensors:
                 message.context_id, message.message_id = hook.outgoing(
                     self.worker, to, session.tensors, True, what
@@ -376,7 +414,7 @@ cdef class Exchange:
         except Exception as error:
             session.drop()
             self.reply_error(to, request_id, error)
-            return
+            return 0
         message.request_id = request_id
         message.overtakes = stands_alone(message, session)
         self.handled += 1
@@ -385,6 +423,7 @@ cdef class Exchange:
         except TransportError as error:     # nobody is left to answer
             session.drop()
             self._answer_lost(error, message.context_id, message.message_id)
+        return 0
 
     def reply_with(self, int to, request_id, uint8_t kind, tuple body not None):
         """Answer a request with a message of another kind than `Reply`."""
@@ -407,17 +446,19 @@ cdef class Exchange:
             return 0
         what = served.body[0] if served.body else None
         if isinstance(value, Future):
-            self._answer_later(served.peer, request_id, what, value, served.credit)
+            self._answer_later(served, request_id, what, value)
         else:
-            self.reply(served.peer, request_id, value, what)
+            self.respond(served.peer, request_id, value, what)
         return 0
 
-    def _answer_later(self, int peer, request_id, what, Future value, Credit credit):
-        def completed(Future future, _held=credit):     # until it is answered
+    def _answer_later(self, Served served, request_id, what, Future value):
+        served.body = served.frame = None   # the arguments may be large
+
+        def completed(Future future):       # it keeps the charge until it has answered
             if future.exception() is None:
-                self.reply(peer, request_id, future.outcome(), what)
+                self.respond(served.peer, request_id, future.outcome(), what)
             else:
-                self.reply_error(peer, request_id, future.exception())
+                self.reply_error(served.peer, request_id, future.exception())
 
         value.add_done_callback(completed)
 
@@ -477,7 +518,7 @@ cdef class Exchange:
 
     cdef int record(self, int peer, Frame frame, Session session) except -1:
         """Give a history to the tensors of a message that arrived."""
-        hook = self.worker.payload_hook
+        hook = self.hook
         if hook is not None:
             hook.incoming(self.worker, peer, frame.context_id, frame.message_id, session.tensors)
         return 0
@@ -515,17 +556,6 @@ cdef class Exchange:
             self._take_error(future, body)
         return 0
 
-    cdef Credit charge(self, int peer, Frame frame):
-        """Count a request against its sender."""
-        cdef Credit credit = Credit.__new__(Credit)
-        credit.peer = peer
-        credit.nbytes = (
-            REQUEST_NBYTES + VALUE_NBYTES * <uint64_t>len(frame.meta) + frame.payload_nbytes
-        )
-        credit.ledger = self.ledger
-        self.ledger.held[peer] += credit.nbytes
-        return credit
-
     cdef int turn_away(self, object connection, int peer, Frame frame) except -1:
         """Answer a request that is one too many, unless that would not be read either."""
         cdef uint64_t held = self.ledger.held[peer]
@@ -542,7 +572,7 @@ cdef class Exchange:
     cdef int on_request(self, int peer, Frame frame, Handling handling) except -1:
         cdef Session session = new_session(self.worker, peer)
         cdef Served served
-        cdef Charged charged
+        cdef Chore chore
         task = None
         try:
             body = self.decode(peer, frame, session)
@@ -563,16 +593,15 @@ cdef class Exchange:
             if task is None:
                 return 0
             if handling.charged:
-                charged = Charged.__new__(Charged)
-                charged.task = task
-                charged.credit = self.charge(peer, frame)
-                task = charged
+                chore = Chore.__new__(Chore)
+                chore.task = task
+                chore.charge(self.ledger, peer, frame)
+                task = chore
         else:
             served = Served.__new__(Served)
             served.exchange = self
             served.handler = handling.handler
-            served.peer = peer
-            served.credit = self.charge(peer, frame)
+            served.charge(self.ledger, peer, frame)
             served.frame = frame
             served.body = body
             served.until = now_s() + frame.deadline_us * 1e-6 if frame.deadline_us else INFINITY
@@ -590,20 +619,22 @@ cdef class Exchange:
 # --- serving ------------------------------------------------------------------------------------
 
 @cython.final
-cdef class Served(Job):
+@cython.no_gc_clear
+cdef class Served(Charged):
     """A request that waits for, or is in, the hands of a serving thread."""
 
     cdef int perform(self) except -1:
         cdef Exchange exchange = self.exchange
+        cdef Frame frame = self.frame       # `answer` may let go of it
         if self.until < INFINITY and now_s() > self.until:
             exchange.handled += 1   # the caller gave up already
             return 0
         try:
             self.serve()
         except BaseException as error:
-            if not self.frame.request_id:
+            if not frame.request_id:
                 raise
-            exchange.reply_error(self.peer, self.frame.request_id, error)
+            exchange.reply_error(self.peer, frame.request_id, error)
             if not isinstance(error, Exception):
                 raise
         return 0
@@ -618,7 +649,7 @@ cdef class Served(Job):
         now.chain = frame.chain
         now.until = self.until
         enter_activity(now)
-        hook = worker.payload_hook if frame.context_id else None
+        hook = exchange.hook if frame.context_id else None
         if hook is not None:
             hook.enter(worker, frame.context_id)
         value = self.handler(worker, self.peer, frame, self.body)
@@ -680,10 +711,8 @@ def place_call(to, func, args, kwargs, timeout, bint nested):
         The answer.
     """
     cdef Activity now = current_activity()
-    cdef Exchange exchange
-    if now is not None and not (<Exchange?>now.worker.agent).closed:
-        exchange = now.worker.agent
-    else:
+    cdef Exchange exchange = now.worker.agent if now is not None else None
+    if exchange is None or exchange.closed:
         exchange = current_worker().agent
     cdef str name = _names.get(func) if type(func) is Function else None
     if name is None:
@@ -691,13 +720,16 @@ def place_call(to, func, args, kwargs, timeout, bint nested):
     cdef int peer = exchange.resolve_id(to)
     if type(args) is not tuple or (kwargs is not None and type(kwargs) is not dict):
         args, kwargs = call_arguments(name, args, kwargs)
+    cdef str what = _titles.get(name)
+    if what is None:
+        what = _titles[name] = "call " + name
     return exchange.issue(
         peer,
         CALL,
         (name, args, kwargs if kwargs else None),
         allowed_timeout(exchange.worker, timeout, name),
         now.chain if nested and now is not None else 0,
-        "call " + name,
+        what,
     )
 
 

@@ -72,12 +72,12 @@ class Agent(Exchange):
         self._take_back(context_id, message_id)
 
     def _take_back(self, context_id: int, message_id: int) -> None:
-        hook = self.worker.payload_hook
+        hook = self.hook
         if hook is not None and message_id:
             hook.undelivered(self.worker, context_id, message_id)
 
     def _doubt(self, future: RpcFuture) -> None:
-        hook = self.worker.payload_hook
+        hook = self.hook
         if hook is not None and future.message_id:
             hook.uncertain(self.worker, future.context_id, future.message_id)
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import numpy as np
-
 from distgrad import _codec
 from distgrad._core import Tensor
 from distgrad.config import config
-from distgrad.errors import GraphError, ProtocolError, SerializationError
+from distgrad.errors import SerializationError
 from distgrad.message import KINDS
-from distgrad.rpc._exchange import Session
+from distgrad.rpc._exchange import Session, unwrap_tensor, wrap_tensor
 from distgrad.rpc.exposure import name_of
 from distgrad.rpc.options import WorkerInfo
 
@@ -25,23 +23,7 @@ __all__ = ["Session", "apply_limits", "register_type"]
 T = TypeVar("T")
 
 
-def _unwrap(tensor: Tensor, session: Session | None) -> tuple[np.ndarray, bool, int]:
-    if not tensor.requires_grad:
-        return tensor.data, False, -1
-    return tensor.data, True, -1 if session is None else session.slot_of(tensor)
-
-
-def _wrap(array: np.ndarray, requires_grad: bool, slot: int, session: Session | None) -> Tensor:
-    try:
-        tensor = Tensor(array, requires_grad=requires_grad)
-    except GraphError as error:  # no honest sender has such a tensor
-        raise ProtocolError(f"cannot decode message: {error}") from error
-    if session is not None and requires_grad and slot == len(session.tensors):
-        session.tensors.append(tensor)
-    return tensor
-
-
-_codec.set_tensor_type(Tensor, _unwrap, _wrap)
+_codec.set_tensor_type(Tensor, unwrap_tensor, wrap_tensor)
 _codec.register_type(
     WorkerInfo,
     "distgrad.WorkerInfo",

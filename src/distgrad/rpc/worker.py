@@ -42,8 +42,6 @@ class Worker:
         Called with (worker id, reason) on a serving thread when a peer is lost.
     on_close
         Called once, when this worker has left: what it kept for others is let go.
-    payload_hook
-        Sees the tensors of messages; None where no layer above wants to.
     """
 
     def __init__(self, world: World, options: RpcBackendOptions, poller: Poller) -> None:
@@ -55,7 +53,6 @@ class Worker:
         self.extensions: dict[str, Any] = {}
         self.on_lost: list[Callable[[int, Exception], None]] = []
         self.on_close: list[Callable[[], None]] = []
-        self.payload_hook: PayloadHook | None = None
         self.exposure = Exposure(self.name, options.expose)
         threads = options.num_worker_threads or config.max_serving_threads
         self.agent = Agent(self, poller, threads)
@@ -75,6 +72,15 @@ class Worker:
         return self.infos[self.id]
 
     # --- for the layers above ------------------------------------------------------------
+
+    @property
+    def payload_hook(self) -> PayloadHook | None:
+        """Sees the tensors of messages; None where no layer above wants to."""
+        return self.agent.hook
+
+    @payload_hook.setter
+    def payload_hook(self, hook: PayloadHook | None) -> None:
+        self.agent.hook = hook
 
     def register(self, kind: type, handler: Handler, *, inline: bool = False) -> None:
         """Have messages of a kind handled.
