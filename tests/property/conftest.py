@@ -4,4 +4,5 @@ import sys
 from pathlib import Path
 
 # Importlib mode puts no folder on the path.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "unit")]
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), *(str(HERE.parent / name) for name in ("unit", "ops", "faults"))]

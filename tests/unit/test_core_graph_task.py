@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -97,18 +99,43 @@ def test_task_deliver_twice_or_to_a_stranger_raises() -> None:
             task.deliver(node, None)
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
-def test_task_sums_contributions_in_edge_order(order: tuple[int, ...]) -> None:
-    x = leaf(0.0)
-    sends = [Send(x) for _ in range(3)]
-    task = GraphTask([], sends=sends, table=GradientTable())
+def total_of(gradients: list[Any], recorded: Sequence[int], delivered: Sequence[int]) -> bytes:
+    """Return the bits of a sum: the sends are recorded and resolved in any order."""
+    x = dg.tensor(np.zeros(gradients[0].shape), requires_grad=True)
+    sends = {number: Send(x) for number in recorded}
     table = GradientTable()
-    task = GraphTask([], sends=sends, table=table)
-    values = [1e16, 1.0, -1e16]
-    for i in order:
-        task.deliver(sends[i], [np.array([values[i]])])
+    task = GraphTask([], sends=list(sends.values()), table=table)
+    for number in delivered:
+        task.deliver(sends[number], [gradients[number]])
         task.run()
-    assert table.get(x).tolist() == [(values[0] + values[1]) + values[2]]
+    return bytes(table.get(x).numpy().tobytes())
+
+
+@pytest.mark.parametrize("layout", ["C", "F", "reversed"])
+def test_task_sums_have_the_same_bits_in_any_order(layout: str) -> None:
+    """Threads record sends as they come, so not even the order of the edges is the program's."""
+    drawn = [np.array([[1.0, 0.3], [-0.7, 0.0]]) * size for size in (1e16, 1.0, -1e16, 0.1)]
+    gradients = [
+        np.asfortranarray(g) if layout == "F" else g[::-1] if layout == "reversed" else g
+        for g in drawn
+    ]
+    orders = list(itertools.permutations(range(4)))
+    found = {total_of(gradients, a, b) for a in orders for b in orders[::5]}
+    assert len(found) == 1
+    in_order = {sum(gradients[k] for k in order).tobytes() for order in orders}
+    assert found < in_order
+
+
+def test_task_sums_with_nones_and_a_root() -> None:
+    x = leaf(1.0)
+    sends = [Send(x) for _ in range(4)]
+    table = GradientTable()
+    task = GraphTask([(x, np.array([2.0])), (x, np.array([4.0]))], sends=sends, table=table)
+    for send, gradient in zip(sends, [None, 8.0, None, 16.0], strict=True):
+        task.deliver(send, None if gradient is None else [np.array([gradient])])
+    task.run()
+    assert task.done
+    assert table.get(x).tolist() == [30.0]
 
 
 def test_task_never_writes_a_delivered_buffer() -> None:

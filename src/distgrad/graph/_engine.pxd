@@ -20,6 +20,11 @@ cdef struct Ready:
     int visit
 
 
+cdef struct Sum:        # a slot that gets three or more contributions
+    int first           # its place in held; -1 for all other slots
+    int n               # contributions that arrived
+
+
 cdef class GraphTask:
     cdef list keep                  # root nodes and sends
     cdef Visit *visits
@@ -27,11 +32,10 @@ cdef class GraphTask:
     cdef int *buckets               # open addressing: node address -> visit + 1
     cdef int n_buckets
     cdef int *targets               # for each edge of each visit the visit it leads to, or -1
-    cdef int *places                # for each edge its place in held, or -1; NULL without sends
     cdef int n_edges, room_edges
     cdef PyObject **pending         # counted gradients, one a slot
-    cdef int *held_range            # for each slot its places in held: first and end
-    cdef PyObject **held            # contributions kept apart to be added in edge order
+    cdef Sum *sums                  # one a slot; NULL without sends
+    cdef PyObject **held            # contributions kept apart until all are there
     cdef int n_slots, n_held
     cdef Ready *heap                # what can run, latest node first
     cdef int n_heap, room_heap
@@ -55,16 +59,15 @@ cdef class GraphTask:
     cdef int rehash(self) except -1
     cdef int count(self) except -1
     cdef int want(self, tuple inputs) except -1
-    cdef int order_sums(self, list starts) except -1
-    cdef void place_edges(self, int *next_place) noexcept
+    cdef int hold_sums(self, list starts) except -1
     cdef int slot_of(self, int index, int k) noexcept
     cdef int seed(self, list starts) except -1
     cdef int blame(self, Node node, object error) except -1
     cdef int enqueue_if_ready(self, int index) except -1
     cdef int pop(self) noexcept
-    cdef int put(self, int slot, int place, object gradient) except -1
+    cdef int put(self, int slot, object gradient) except -1
     cdef object take(self, int slot)
-    cdef int add_held(self, int slot) except -1
+    cdef int add_held(self, Sum *sum, int slot) except -1
     cdef int contribute(self, int index, int k, object gradient) except -1
     cdef int step(self, int index) except -1
     cdef int skip(self, int index) except -1

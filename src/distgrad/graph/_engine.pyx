@@ -12,7 +12,7 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF, Py_XDECREF
 from cpython.tuple cimport PyTuple_GET_ITEM
 
-from distgrad.graph._gradient cimport accumulate, add_gradients, fit, store_gradient
+from distgrad.graph._gradient cimport accumulate, add_gradients, fit, sort_gradients, store_gradient
 from distgrad.graph._kernels cimport GETITEM, RESHAPE, SUM, filled, small_gradient
 from distgrad.graph._node cimport (
     NEAR_ARGS, RECEIVES, RUNS, AccumulateGrad, Edge, Hooks, Node, OpNode, Storage, TensorBase,
@@ -185,8 +185,9 @@ cdef class GraphTask:
     roots
         (tensor, gradient) pairs; a gradient has the shape of its tensor, None is one.
     sends
-        Nodes that get their gradients by `deliver` while the pass runs. With any, sums of
-        three or more contributions are added in edge order, whatever the order of arrival.
+        Nodes that get their gradients by `deliver` while the pass runs. With any, a sum of
+        three or more contributions has the same bits whatever the order of their arrival
+        and of the sends: they are added when all are there, in the order of their bytes.
     retain_graph
         Keep saved values; None means `create_graph`.
     create_graph
@@ -220,7 +221,7 @@ cdef class GraphTask:
             self.want(tuple(inputs))
         self.pending = <PyObject **>allocate(self.n_slots, sizeof(PyObject *))
         if self.undelivered:
-            self.order_sums(starts)
+            self.hold_sums(starts)
         self.seed(starts)
         return 0
 
@@ -236,13 +237,12 @@ cdef class GraphTask:
         PyMem_Free(self.visits)
         PyMem_Free(self.buckets)
         PyMem_Free(self.targets)
-        PyMem_Free(self.places)
         PyMem_Free(self.pending)
-        PyMem_Free(self.held_range)
+        PyMem_Free(self.sums)
         PyMem_Free(self.held)
         PyMem_Free(self.heap)
 
-    # -- before the pass: discover, count, order
+    # -- before the pass: discover and count
 
     cdef list start_at(self, roots, sends):
         """Visit the first nodes; returns (visit, slot, gradient) of the roots."""
@@ -358,44 +358,25 @@ cdef class GraphTask:
                     visit.needed = RUNS | RECEIVES
         return 0
 
-    cdef int order_sums(self, list starts) except -1:
-        """Give contributions to slots that get three or more a place in edge order."""
-        cdef int i, slot, edge
-        cdef int *next_place = <int *>allocate(self.n_slots, sizeof(int))
-        try:
-            self.held_range = <int *>allocate(2 * self.n_slots, sizeof(int))
-            self.places = <int *>allocate(self.n_edges, sizeof(int))
-            for i, slot, _ in starts:
-                next_place[self.visits[i].first_slot + slot] += 1
-            for edge in range(self.n_edges):
-                self.places[edge] = -1
-            for i in range(self.n_visits):
-                for k in range((<Node>self.visits[i].node).n_edges):
-                    slot = self.slot_of(i, k)
-                    if slot >= 0:
-                        next_place[slot] += 1
-            for slot in range(self.n_slots):
-                self.held_range[2 * slot] = self.n_held
-                if next_place[slot] > 2:
-                    self.n_held += next_place[slot]
-                self.held_range[2 * slot + 1] = self.n_held
-                next_place[slot] = self.held_range[2 * slot]
-            for i, slot, _ in starts:
-                next_place[self.visits[i].first_slot + slot] += 1
-            self.place_edges(next_place)
-            self.held = <PyObject **>allocate(self.n_held, sizeof(PyObject *))
-        finally:
-            PyMem_Free(next_place)
-        return 0
-
-    cdef void place_edges(self, int *next_place) noexcept:
+    cdef int hold_sums(self, list starts) except -1:
+        """Make room to keep contributions apart, for slots that get three or more."""
         cdef int i, k, slot
+        self.sums = <Sum *>allocate(self.n_slots, sizeof(Sum))
+        for i, slot, _ in starts:
+            self.sums[self.visits[i].first_slot + slot].n += 1
         for i in range(self.n_visits):
             for k in range((<Node>self.visits[i].node).n_edges):
                 slot = self.slot_of(i, k)
-                if slot >= 0 and self.held_range[2 * slot] < self.held_range[2 * slot + 1]:
-                    self.places[self.visits[i].first_edge + k] = next_place[slot]
-                    next_place[slot] += 1
+                if slot >= 0:
+                    self.sums[slot].n += 1
+        for slot in range(self.n_slots):
+            self.sums[slot].first = -1
+            if self.sums[slot].n > 2:
+                self.sums[slot].first = self.n_held
+                self.n_held += self.sums[slot].n
+            self.sums[slot].n = 0
+        self.held = <PyObject **>allocate(self.n_held, sizeof(PyObject *))
+        return 0
 
     cdef int slot_of(self, int index, int k) noexcept:
         """The pending slot that edge `k` of a visit leads to, or -1."""
@@ -405,18 +386,10 @@ cdef class GraphTask:
         return self.visits[target].first_slot + (<Node>self.visits[index].node).edges[k].slot
 
     cdef int seed(self, list starts) except -1:
-        """Put the roots' gradients in, before all edges in the order of sums."""
-        cdef int i, slot, place
-        cdef int *held
+        """Put the roots' gradients in."""
+        cdef int i, slot
         for i, slot, gradient in starts:
-            slot += self.visits[i].first_slot
-            place = -1
-            held = self.held_range + 2 * slot if self.held_range != NULL else NULL
-            if held != NULL and held[0] < held[1]:
-                place = held[0]
-                while self.held[place] != NULL:
-                    place += 1
-            self.put(slot, place, gradient)
+            self.put(self.visits[i].first_slot + slot, gradient)
         for i, _, _ in starts:
             self.enqueue_if_ready(i)
         return 0
@@ -445,7 +418,7 @@ cdef class GraphTask:
         index = self.undelivered.pop(node)
         for i, gradient in enumerate(grads or ()):
             if gradient is not None:
-                self.put(self.visits[index].first_slot + i, -1, gradient)
+                self.put(self.visits[index].first_slot + i, gradient)
         self.visits[index].waiting -= 1
         self.enqueue_if_ready(index)
 
@@ -538,12 +511,15 @@ cdef class GraphTask:
 
     # -- gradients on their way
 
-    cdef int put(self, int slot, int place, object gradient) except -1:
-        """Add a contribution to a slot, or keep it apart until those before it are there."""
+    cdef int put(self, int slot, object gradient) except -1:
+        """Add a contribution to a slot, or keep it apart until the others are there."""
         cdef PyObject *old
-        if place >= 0:
+        cdef Sum *sum
+        if self.sums != NULL and self.sums[slot].first >= 0:
+            sum = &self.sums[slot]
             Py_INCREF(gradient)
-            self.held[place] = <PyObject *>gradient
+            self.held[sum.first + sum.n] = <PyObject *>gradient
+            sum.n += 1
             return 0
         old = self.pending[slot]
         if old != NULL:
@@ -559,8 +535,8 @@ cdef class GraphTask:
     cdef object take(self, int slot):
         """The sum of a slot, which becomes empty; None if nothing arrived."""
         cdef PyObject *gradient
-        if self.held_range != NULL:
-            self.add_held(slot)
+        if self.sums != NULL and self.sums[slot].first >= 0:
+            self.add_held(&self.sums[slot], slot)
         gradient = self.pending[slot]
         if gradient == NULL:
             return None
@@ -569,17 +545,21 @@ cdef class GraphTask:
         Py_XDECREF(gradient)
         return result
 
-    cdef int add_held(self, int slot) except -1:
-        cdef int place
+    cdef int add_held(self, Sum *sum, int slot) except -1:
+        """Add up what was kept apart; in an order of its own, if the order makes a difference."""
+        cdef int i
         cdef PyObject *held
-        for place in range(self.held_range[2 * slot], self.held_range[2 * slot + 1]):
-            held = self.held[place]
-            if held != NULL:
-                self.held[place] = NULL
-                try:
-                    self.put(slot, -1, <object>held)
-                finally:
-                    Py_XDECREF(held)
+        cdef PyObject **first = self.held + sum.first
+        if sum.n > 2:
+            sort_gradients(first, sum.n)
+        sum.first = -1
+        for i in range(sum.n):
+            held = first[i]
+            first[i] = NULL
+            try:
+                self.put(slot, <object>held)
+            finally:
+                Py_XDECREF(held)
         return 0
 
     cdef int contribute(self, int index, int k, object gradient) except -1:
@@ -595,11 +575,7 @@ cdef class GraphTask:
             if self.create or not cnp.PyArray_CheckExact(gradient) or not same_meta(
                     &owner.slots[edge.slot], <cnp.ndarray>gradient):
                 gradient = fit(gradient, &owner.slots[edge.slot], node, self.create)
-            self.put(
-                self.visits[target].first_slot + edge.slot,
-                -1 if self.places == NULL else self.places[self.visits[index].first_edge + k],
-                gradient,
-            )
+            self.put(self.visits[target].first_slot + edge.slot, gradient)
         self.visits[target].waiting -= 1
         return self.enqueue_if_ready(target)
 

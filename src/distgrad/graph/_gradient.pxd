@@ -15,3 +15,4 @@ cdef object add_gradients(PyObject *first, PyObject *second, bint create)
 cdef int store_gradient(TensorBase leaf, PyObject *gradient) except -1
 cdef int tabulate(GradientTable table, TensorBase leaf, PyObject *gradient) except -1
 cdef int accumulate(AccumulateGrad node, PyObject *gradient, GradientTable table) except -1
+cdef int sort_gradients(PyObject **gradients, int n) except -1

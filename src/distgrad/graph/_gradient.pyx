@@ -3,7 +3,10 @@
 
 cimport cython
 cimport numpy as cnp
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.object cimport PyObject
+from libc.stdlib cimport qsort
+from libc.string cimport memcmp
 
 from distgrad.graph._kernels cimport add_into
 from distgrad.graph._node cimport (
@@ -112,6 +115,46 @@ cdef object add_gradients(PyObject *first, PyObject *second, bint create):
         n = 2
     total = PyObject_Vectorcall(numpy_add, args, n, NULL)
     return total if cnp.PyArray_CheckExact(total) else np.asarray(total)
+
+
+cdef struct Term:
+    PyObject *gradient
+    char *data          # its elements in C order
+    Py_ssize_t nbytes
+
+
+cdef int by_content(const void *first, const void *second) noexcept nogil:
+    cdef const Term *a = <const Term *>first
+    cdef const Term *b = <const Term *>second
+    if a.nbytes != b.nbytes:
+        return 1 if a.nbytes > b.nbytes else -1
+    return memcmp(a.data, b.data, a.nbytes)
+
+
+cdef int sort_gradients(PyObject **gradients, int n) except -1:
+    """Bring gradients into an order that depends on nothing but their elements."""
+    cdef int i
+    cdef cnp.ndarray array
+    cdef list copies = []
+    cdef Term *terms = <Term *>PyMem_Malloc(n * sizeof(Term))
+    if terms == NULL:
+        raise MemoryError()
+    try:
+        for i in range(n):
+            gradient = <object>gradients[i]
+            array = (<TensorBase>gradient).array if isinstance(gradient, TensorBase) else gradient
+            if not cnp.PyArray_IS_C_CONTIGUOUS(array):
+                array = cnp.PyArray_NewCopy(array, cnp.NPY_CORDER)
+                copies.append(array)
+            terms[i].gradient = gradients[i]
+            terms[i].data = cnp.PyArray_BYTES(array)
+            terms[i].nbytes = cnp.PyArray_NBYTES(array)
+        qsort(terms, n, sizeof(Term), by_content)
+        for i in range(n):
+            gradients[i] = terms[i].gradient
+    finally:
+        PyMem_Free(terms)
+    return 0
 
 
 # ---------------------------------------------------------------- gradients of leaves
