@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from distgrad import rpc
+from distgrad._codec import encode
 from distgrad.errors import OwnerLostError, RpcTimeoutError, SerializationError
+from distgrad.rpc._exchange import Session
 from distgrad.testing import World
 
 PATIENCE_S = 20.0
@@ -136,6 +138,21 @@ def test_value_dropped_by_its_creator_is_freed(world: World) -> None:
 def test_reference_dropped_before_it_is_confirmed_is_freed(world: World) -> None:
     on_first(world, lambda: [rpc.remote(1, Value) for _ in range(50)].clear())
     check_all_freed(world)
+
+
+def test_references_of_one_message_are_noted_without_copying_those_before(world: World) -> None:
+    def body() -> None:
+        rrefs = [rpc.RRef(Value(i)) for i in range(3)]
+        session, noted = Session(rpc.current_worker(), 1), set()
+        for rref in rrefs:
+            encode(1, (rref,), session)
+            noted.add(id(session.undo))
+        assert len(noted) == 1
+        assert counters()["rref.forks"] == 3
+        session.take_back()
+        assert counters() == {}
+
+    on_first(world, body)
 
 
 def test_owner_passes_to_a_user_that_is_confirmed_at_once(world: World) -> None:

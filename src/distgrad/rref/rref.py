@@ -354,7 +354,9 @@ def _encode(rref: RRef, session: Session | None) -> tuple[int, int, int, int]:
     else:
         assert rref._fork is not None
         fork_id, undo = table.pass_on(rref._fork, session.peer_id)
-    session.undo = [*(session.undo or ()), undo]
+    if session.undo is None:
+        session.undo = []
+    session.undo.append(undo)  # of perhaps 10^5 references in one message
     return rref.owner().id, rref._id, fork_id, table.worker.id
 
 
@@ -367,7 +369,9 @@ def _decode(value: Any, session: Session | None) -> RRef:
     table: RRefTable = session.worker.extensions["rref"]
     target, gate = table.receive(*value)
     if gate is not None:
-        session.awaited = [*(session.awaited or ()), gate]
+        if session.awaited is None:
+            session.awaited = []
+        session.awaited.append(gate)
     return RRef._of(table, target)
 
 
