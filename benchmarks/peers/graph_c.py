@@ -11,16 +11,16 @@ class Loops(measure.Peer):
     version = "cc -O3 -march=native"
 
     def __init__(self) -> None:
-        self.add = compiled.accumulate().by_loop
+        compiled.sums(16)  # raises here if there is no compiler
 
     def time_accumulate_16(self) -> None:
-        self.add(16, graphs.SUMS)
+        compiled.sums(16).by_loop(graphs.SUMS)
 
     def time_accumulate_1024(self) -> None:
-        self.add(1024, graphs.SUMS)
+        compiled.sums(1024).by_loop(graphs.SUMS)
 
     def time_accumulate_65536(self) -> None:
-        self.add(65536, graphs.SUMS)
+        compiled.sums(65536).by_loop(graphs.SUMS)
 
 
 if __name__ == "__main__":

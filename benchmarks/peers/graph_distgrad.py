@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cached_property
-
 import compiled
 import graphs
 import measure
@@ -74,18 +71,13 @@ class DistgradGraphs(measure.Peer):
             weight.grad = None
 
     def time_accumulate_16(self) -> None:
-        self.add(16, graphs.SUMS)
+        compiled.sums(16).by_engine(graphs.SUMS)
 
     def time_accumulate_1024(self) -> None:
-        self.add(1024, graphs.SUMS)
+        compiled.sums(1024).by_engine(graphs.SUMS)
 
     def time_accumulate_65536(self) -> None:
-        self.add(65536, graphs.SUMS)
-
-    @cached_property
-    def add(self) -> Callable[[int, int], None]:
-        """The engine's function that adds gradients, called from C."""
-        return compiled.accumulate().by_engine
+        compiled.sums(65536).by_engine(graphs.SUMS)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -127,6 +128,18 @@ def test_accumulated_gradients_equal_sums(n: int, dtype: Any) -> None:
     for part in (first, second, first):
         x.backward(part)
     np.testing.assert_array_equal(x.grad.data, first + second + first)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_accumulation_into_any_place_touches_nothing_else(dtype: Any) -> None:
+    for place, n in itertools.product(range(17), (0, 1, 5, 40, 100)):
+        around = np.arange(place + n + 3, dtype=dtype)
+        expected = around.copy()
+        expected[place : place + n] += 0.5
+        x = dg.tensor(np.zeros(n, dtype), requires_grad=True)
+        x.grad = dg.from_numpy(around[place : place + n])
+        x.backward(np.full(n, 0.5, dtype))
+        np.testing.assert_array_equal(around, expected)
 
 
 def test_gradient_that_overlaps_the_sum_is_added_as_if_apart() -> None:
