@@ -7,6 +7,7 @@ DISTGRAD_SANITIZE=1 AddressSanitizer and UndefinedBehaviorSanitizer; instead of 
                     compiler's -fsanitize takes (tests/fuzz/README.md)
 """
 
+import glob
 import os
 
 import numpy
@@ -49,6 +50,7 @@ MODULES = {
     "distgrad.autograd.recording": "src/distgrad/autograd/recording.py",
     "distgrad.autograd.engine": "src/distgrad/autograd/engine.py",
 }
+HEADERS = glob.glob("src/distgrad/**/*.h", recursive=True)  # Cython finds those beside a .pyx only
 
 
 def switched_on(name: str) -> bool:
@@ -99,6 +101,7 @@ setup(
                 name,
                 [path],
                 include_dirs=[numpy.get_include(), "src/distgrad"],
+                depends=HEADERS,
                 define_macros=macros,
                 extra_compile_args=flags,
                 extra_link_args=links,
