@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -225,6 +225,40 @@ def test_rules_every_registered_function_has_a_check() -> None:
         and not names(function, implementation) & checked
     ]
     assert open_cases == []
+
+
+@pytest.fixture
+def uncalled() -> Iterator[set[tuple[str, int]]]:
+    """Yield (operation, argument) of every rule there is; one that is called drops out."""
+    ops = {op for op in registered().values() if isinstance(op, Op) and op.has_rules}
+    kept = {op: (op.rules, op.variadic) for op in ops}
+    left: set[tuple[str, int]] = set()
+
+    def watched(op: Op, argument: int, rule: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            left.discard((op.name, argument))
+            return rule(*args, **kwargs)
+
+        if rule is not None:
+            left.add((op.name, argument))
+        return rule and call
+
+    for op, (rules, variadic) in kept.items():
+        watching = [watched(op, i, rule) for i, rule in enumerate(rules)]
+        op.defvjp(*watching, variadic=watched(op, -1, variadic))
+    yield left
+    for op, (rules, variadic) in kept.items():
+        op.defvjp(*rules, variadic=variadic)
+
+
+def test_rules_of_every_argument_are_called_by_the_checks(uncalled: set[tuple[str, int]]) -> None:
+    assert len(uncalled) > 100
+    for case, number in FLAT:
+        function, arguments = drawn(case, number)
+        results = function(*arguments)
+        parts = results if isinstance(results, tuple | list) else [results]
+        dg.grad([part.sum().real for part in parts], arguments, create_graph=True)
+    assert uncalled == set()
 
 
 @pytest.mark.parametrize(("case", "number"), FLAT, ids=lambda v: label(v))

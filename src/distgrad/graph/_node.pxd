@@ -79,8 +79,8 @@ cdef class Spec:        # stands in for a saved argument of which only the shape
 cdef class Op:
     cdef readonly object function   # the operation on arrays
     cdef readonly str name
-    cdef tuple rules                # a callable or None for each argument
-    cdef object variadic            # one rule for all arguments, called with the position first
+    cdef readonly tuple rules       # a callable or None for each argument
+    cdef readonly object variadic   # one rule for all arguments, called with the position first
     cdef unsigned int needs[8]      # for each argument what its rule reads; bit i: argument i
     cdef bint shapes                # rules read shapes of arguments that are not saved
     cdef readonly bint differentiable
