@@ -102,6 +102,9 @@ class Site:
     def missing(self, context_id: int) -> Exception:
         return LookupError("released")
 
+    def foreign(self, part: Part, node: Any) -> Exception:
+        return LookupError("received in another context")
+
     def describe(self, pass_id: int, error: BaseException, node: str, site: str = "") -> PassAbort:
         return PassAbort(pass_id, node, site, (type(error).__name__, str(error), self.worker_id))
 

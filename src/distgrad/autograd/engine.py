@@ -12,6 +12,7 @@ from weakref import ref
 
 from distgrad._core import GraphTask, Tensor
 from distgrad.autograd.context import ContextPart, DistAutogradContext
+from distgrad.autograd.functions import RecvRpcBackward
 from distgrad.autograd.part import Part, Run
 from distgrad.autograd.roots import failure, seeds
 from distgrad.autograd.terms import COMPLETE, INTO_GRAD, LATE, RETAIN, Message, made, worker_of
@@ -148,19 +149,33 @@ class Engine:
 
     def missing(self, context_id: int) -> ContextError:
         """Return the error that tells what became of a context."""
-        at = self._released.when(context_id)
         name = self.worker.name
-        own = worker_of(context_id) == self.worker_id and context_id <= self._newest
-        if at is not None or own:
-            ago = "" if at is None else f" {time.monotonic() - at:.3g} s ago"
+        if finished := self._finished(context_id):
             return ContextError(
-                f"cannot find autograd context {context_id} on worker {name!r}: "
-                f"it was finished{ago}",
+                f"cannot find autograd context {context_id} on worker {name!r}: it {finished}",
                 hint="use gradients before the `with context()` block ends",
             )
         return ContextError(
             f"cannot find autograd context {context_id}: worker {name!r} has not heard of it",
             hint="a worker learns of a context by the first call made to it inside",
+        )
+
+    def _finished(self, context_id: int) -> str:
+        """Return when a context was finished here, as words for an error; "" if it is not."""
+        at = self._released.when(context_id)
+        own = worker_of(context_id) == self.worker_id and context_id <= self._newest
+        if at is None and (context_id in self.parts or not own):
+            return ""
+        return "was finished" + ("" if at is None else f" {time.monotonic() - at:.3g} s ago")
+
+    def foreign(self, part: Part, node: RecvRpcBackward) -> ContextError:
+        """Return the error of a pass that leads to a tensor of another context."""
+        return ContextError(
+            f"cannot run the backward pass of autograd context {part.context_id} on worker "
+            f"{self.worker.name!r}: it leads to a tensor that worker "
+            f"{self.worker.world.name_of(node.peer)!r} sent in context {node.context_id}, "
+            f"which {self._finished(node.context_id) or 'is another one'}",
+            hint="receive and use a tensor in one context, or detach() it",
         )
 
     def release(

@@ -46,6 +46,9 @@ class Host(Protocol):
     def missing(self, context_id: int) -> Exception:
         """Return the error that says what became of a context."""
 
+    def foreign(self, part: Any, node: Any) -> Exception:
+        """Return the error of a pass that leads to a recv of another context."""
+
     def describe(self, pass_id: int, error: BaseException, node: str, site: str = "") -> PassAbort:
         """Return the message that tells of a failure here.
 
@@ -89,6 +92,13 @@ class Run(BackwardPass):
         part = self.part
         assert part is not None
         return part.host.build(part, self, self._sends.values())
+
+    def foreign(self, node: Boundary) -> Exception:
+        """Return the error of a pass that leads to a recv of another context, which it names."""
+        part = self.part
+        assert part is not None
+        error: Exception = part.host.foreign(part, node)
+        return error
 
     def leave(self) -> None:
         """Leave the pass because the context is finished here."""

@@ -162,6 +162,10 @@ class BackwardPass:
         """Return the graph from the roots of this worker and its sends; the driver knows how."""
         raise NotImplementedError("a driver of passes makes their graphs")
 
+    def foreign(self, node: Boundary) -> Exception:
+        """Return the error of a pass that leads to a recv of another context, which it names."""
+        raise NotImplementedError("a driver of passes knows the contexts")
+
     def handle(self, sender: int, message: Message) -> None:
         """Take in a message of this pass."""
         state = self.state
@@ -320,11 +324,7 @@ class BackwardPass:
         message_id, peer = node.message_id, node.peer
         if message_id not in self._recvs:
             if grads is not None:
-                raise GraphError(
-                    "cannot run the backward pass: it leads to a tensor that was received "
-                    "outside its context",
-                    hint="receive and use the tensor in one context, or detach() it",
-                )
+                raise self.foreign(node)
         elif peer == self.worker:
             self._own.append((message_id, grads))
         elif peer not in self._lost:
