@@ -71,17 +71,34 @@ cdef extern from "Python.h":
 
 # ---------------------------------------------------------------- NumPy's protocols
 
-cdef object strip(object value, str name):
-    """Replace tensors by arrays in nested arguments of a function without rule."""
+cdef frozenset WRITERS = frozenset([np.copyto, np.put, np.place, np.putmask, np.put_along_axis,
+                                    np.fill_diagonal])      # into their first argument
+
+
+cdef object strip(object value, str name, object argument):
+    """Replace tensors by arrays in an argument, nested or not, of a function without rule."""
     if isinstance(value, Tensor):
         if (<TensorBase>value).needs and grad_enabled():
-            raise TypeError(no_rule(name, ""))
+            raise TypeError(no_rule(name, f" for argument {argument!r}"))
         return (<TensorBase>value).array
     if type(value) is tuple or type(value) is list:
-        return type(value)([strip(part, name) for part in value])
+        return type(value)([strip(part, name, argument) for part in value])
     if type(value) is dict:
-        return {key: strip(part, name) for key, part in value.items()}
+        return {key: strip(part, name, argument) for key, part in value.items()}
     return value
+
+
+cdef object call_on_arrays(object function, str name, bint writes, tuple args, dict kwargs):
+    """Call a function without rule; count the writes into ``out`` and, if it writes, `args[0]`."""
+    plain_args = [strip(value, name, i) for i, value in enumerate(args)]
+    plain_kwargs = {key: strip(value, name, key) for key, value in kwargs.items()}
+    out = kwargs.get("out")
+    cdef tuple targets = out if type(out) is tuple else (out,)
+    for target in targets + args[:writes]:
+        if isinstance(target, Tensor):
+            mark_written(<TensorBase>target, name)
+    result = wrap_outputs(function(*plain_args, **plain_kwargs), targets)
+    return targets[0] if len(targets) == 1 and isinstance(targets[0], Tensor) else result
 
 
 cdef object call_function(object function, tuple args, dict kwargs):
@@ -90,8 +107,7 @@ cdef object call_function(object function, tuple args, dict kwargs):
         return implementation(*args, **kwargs)
     module = getattr(function, "__module__", None) or "numpy"
     name = f"{module}.{function.__name__}"
-    result = function(*strip(args, name), **strip(kwargs, name))
-    return wrap_outputs(result, ())
+    return call_on_arrays(function, name, function in WRITERS, args, kwargs)
 
 
 cdef object call_ufunc(object ufunc, str method, tuple inputs, dict kwargs):
@@ -104,15 +120,12 @@ cdef object call_ufunc(object ufunc, str method, tuple inputs, dict kwargs):
             return call_op(op, inputs, None) if result is NotImplemented else result
         return call_function(ufunc, inputs, kwargs)
     special = FUNCTIONS.get((ufunc, method))
-    if special is None:
-        special = FUNCTIONS.get(method) if op is not None else None
-        if special is not None:
-            return special(ufunc, *inputs, **kwargs)
     if special is not None:
         return special(*inputs, **kwargs)
+    if op is not None and method == "__call__":
+        return FUNCTIONS[method](ufunc, *inputs, **kwargs)
     name = f"numpy.{ufunc.__name__}" + ("" if method == "__call__" else f".{method}")
-    result = getattr(ufunc, method)(*strip(inputs, name), **strip(kwargs, name))
-    return wrap_outputs(result, ())
+    return call_on_arrays(getattr(ufunc, method), name, method == "at", inputs, kwargs)
 
 
 # ---------------------------------------------------------------- tensors
@@ -176,7 +189,7 @@ cdef class Tensor(TensorBase):
                 f"cannot set data: {array.dtype}{np.shape(array)} is not "
                 f"{self.array.dtype}{np.shape(self.array)}"
             )
-        mark_written(self, "data")
+        mark_written(self, "an assignment to .data")
         self.array = array
 
     @property

@@ -79,6 +79,7 @@ CASES: dict[Any, list[Case]] = {
         (lambda x: np.exp(x, dtype=np.complex128).real, (real(3),)),
         (lambda x: np.add(x, 1.0, out=dg.zeros(3)), (real(3),)),
     ],
+    "out": [(lambda x: np.cumsum(x, out=dg.zeros(3)), (real(3),))],
     np.sum: [(lambda x: np.sum(x, axis=1), (real(2, 3),)), (np.sum, (real(2, 3),)),
              (lambda x: x.sum((0, -1), keepdims=True), (real(2, 3, 2),)),
              (lambda x: np.sum(x, where=MASK, initial=3.0), (real(2, 3),))],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,56 @@ def test_write_to_leaf_says_how_to_learn_the_lines() -> None:
         x += 1
     with pytest.raises(dg.GraphError, match=r"by __iadd__\n.*DISTGRAD_TRACE_GRAPH=1"):
         y.backward()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda t: np.copyto(t, 5.0),
+        lambda t: np.put(t, [0], 5.0),
+        lambda t: np.place(t, [True] * 4, 5.0),
+        lambda t: np.putmask(t, [True] * 4, 5.0),
+        lambda t: np.put_along_axis(t, np.array([0]), 5.0, 0),
+        lambda t: np.fill_diagonal(t.reshape(2, 2), 5.0),
+        lambda t: np.add.at(t, [0, 0], 5.0),
+        lambda t: np.heaviside(t * 0.0, 5.0, out=t),
+        lambda t: np.cumsum(t, out=t),
+        lambda t: np.frexp(t * 8.0, out=(t, None)),
+        lambda t: np.subtract.reduce(np.ones((3, 4)), out=t),
+        lambda t: np.median(np.zeros((3, 4)), axis=0, out=t),
+    ],
+)  # fmt: skip
+def test_write_by_a_function_of_numpy_is_noticed(write: Callable[[dg.Tensor], Any]) -> None:
+    x, w = leaf(1.0), dg.tensor(np.ones(4))
+    y = (x * w).sum()
+    write(w)
+    assert w.tolist() != [1.0] * 4
+    with pytest.raises(dg.GraphError, match="a value it saved for multiply was modified"):
+        y.backward()
+
+
+def test_out_of_a_function_without_rule_is_what_it_returns() -> None:
+    out = dg.zeros(4)
+    assert np.median(np.ones((3, 4)), axis=0, out=out) is out
+    assert np.heaviside(np.ones(4), 0.5, out=out) is out
+    mantissa, exponent = np.frexp(dg.ones(4), out=(out, None))
+    mantissa += 1
+    assert (out._version, exponent.tolist()) == (4, [1] * 4)
+
+
+def test_result_that_requires_grad_is_not_written_into_an_array() -> None:
+    array = np.zeros(2)
+    for write in (
+        lambda: np.add(array, leaf(1.0, 2.0), out=array),
+        lambda: np.cumsum(leaf(1.0, 2.0), out=array),
+        lambda: np.sum(leaf(1.0, 2.0), axis=0, keepdims=True, out=array[:1]),
+    ):
+        with pytest.raises(TypeError, match="a = a \\+ t instead of a \\+= t"):
+            write()
+    array += dg.tensor([1.0, 2.0])
+    with dg.no_grad():
+        array += leaf(1.0, 2.0)
+    assert array.tolist() == [2.0, 4.0]
 
 
 def test_write_through_view_or_alias_is_noticed() -> None:
@@ -168,5 +219,5 @@ def test_data_replaced_after_saving_is_noticed() -> None:
     x, w = leaf(1.0), leaf(2.0)
     y = x * w
     w.data = np.array([5.0])
-    with pytest.raises(dg.GraphError, match="modified afterwards by data"):
+    with pytest.raises(dg.GraphError, match=r"afterwards by an assignment to \.data"):
         y.backward()

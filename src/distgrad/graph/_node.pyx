@@ -681,6 +681,8 @@ cdef int check_fresh(TensorBase tensor) except -1:
 
 cdef object call_op(Op op, tuple args, dict kwargs):
     """Run an operation, and record it if an argument requires grad; arrays alone stay arrays."""
+    if kwargs and "out" in kwargs:
+        return FUNCTIONS["out"](op, args, kwargs)
     cdef Py_ssize_t i, n = PyTuple_GET_SIZE(args)
     cdef TensorBase tensor
     cdef bint tracked = False, plain = True

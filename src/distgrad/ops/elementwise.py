@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from distgrad._core import Tensor
-from distgrad.ops.registry import conj, constant, defvjp, implements
+from distgrad.ops.registry import conj, constant, defvjp, implements, write
 
 __all__ = ["absolute_sign", "call_with_options"]
 
@@ -253,9 +253,4 @@ def call_with_options(
     result = ufunc(*inputs)
     if where is not True:
         result = np.where(where, result, np.zeros_like(result) if target is None else target)
-    if target is None:
-        return result
-    if not isinstance(target, Tensor):
-        raise TypeError(f"cannot write {ufunc.__name__} into an array: out must be a Tensor")
-    target[...] = result
-    return target
+    return write(target, result)

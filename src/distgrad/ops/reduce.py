@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from distgrad._core import register
-from distgrad.ops.registry import conj, constant, defvjp, expand, implements, spread
+from distgrad.ops.registry import conj, constant, defvjp, expand, implements, spread, write
 
 __all__ = ["count_along"]
 
@@ -72,21 +72,14 @@ def sum_(
     result = SUM(a, axis=axis, keepdims=keepdims, dtype=dtype)
     if initial is not None:
         result = result + initial
-    return result if out is None else write(out, result)
+    return write(out, result)
 
 
 @implements((np.add, "accumulate"))
 def accumulate(a: Any, axis: int = 0, dtype: Any = None, out: Any = None) -> Any:
     """Return running sums along one axis."""
     result = CUMSUM(a if dtype is None else a.astype(dtype), axis=axis)
-    return result if out is None else write(out, result)
-
-
-def write(out: Any, result: Any) -> Any:
-    """Write a result into the tensor given as ``out``."""
-    target = out[0] if isinstance(out, tuple) else out
-    target[...] = result
-    return target
+    return write(out, result)
 
 
 @implements(np.mean)
@@ -107,7 +100,7 @@ def mean(
     else:
         count = np.sum(np.broadcast_to(where, a.shape), axis=axis, keepdims=keepdims)
         result = np.sum(a, axis=axis, keepdims=keepdims, where=where) / count.astype(a.dtype)
-    return result if out is None else write(out, result)
+    return write(out, result)
 
 
 @implements(np.var)
@@ -125,14 +118,14 @@ def var(
     distance = np.absolute(a - np.mean(a, axis=axis, keepdims=True))
     count = count_along(a.shape, axis) - ddof
     result = np.sum(np.square(distance), axis=axis, keepdims=keepdims) / count
-    return result if out is None else write(out, result)
+    return write(out, result)
 
 
 @implements(np.std)
 def std(a: Any, axis: Any = None, dtype: Any = None, out: Any = None, **options: Any) -> Any:
     """Return the standard deviation over axes."""
     result = np.sqrt(np.var(a, axis=axis, dtype=dtype, **options))
-    return result if out is None else write(out, result)
+    return write(out, result)
 
 
 # ------------------------------------------------------------ extremes
@@ -174,7 +167,7 @@ def extreme(op: Any, choose: Any, worst: float) -> Any:
         result = op(a if dtype is None else a.astype(dtype), axis=axis, keepdims=keepdims)
         if initial is not None:
             result = choose(result, initial)
-        return result if out is None else write(out, result)
+        return write(out, result)
 
     return implementation
 
@@ -234,7 +227,7 @@ def prod(
     result = PROD(a if dtype is None else a.astype(dtype), axis=axis, keepdims=keepdims)
     if initial is not None:
         result = result * initial
-    return result if out is None else write(out, result)
+    return write(out, result)
 
 
 constant(

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from distgrad._core import Op, operation, register
+from distgrad._core import Op, Tensor, is_grad_enabled, operation, register
 
-__all__ = ["Rule", "conj", "constant", "defvjp", "expand", "implements", "spread"]
+__all__ = ["Rule", "conj", "constant", "defvjp", "expand", "implements", "spread", "write"]
 
 Rule = Callable[..., Any]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -72,6 +72,29 @@ def constant(functions: Iterable[Callable[..., Any]]) -> None:
     """Register functions whose results never require grad."""
     for function in functions:
         register(function, Op(function, differentiable=False))
+
+
+def write(out: Any, result: Any) -> Any:
+    """Write a result into what was given as ``out``, and return that; without it the result."""
+    target = out[0] if isinstance(out, tuple) else out
+    if target is None:
+        return result
+    if not isinstance(target, Tensor) and isinstance(result, Tensor):
+        if result.requires_grad and is_grad_enabled():
+            raise TypeError(
+                "cannot write a result that requires grad into an array\n"
+                "hint: give a Tensor as out, or make a new one: a = a + t instead of a += t"
+            )
+        result = result.data
+    target[...] = result
+    return target
+
+
+@implements("out")
+def call_with_out(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call an operation with ``out``: it is recorded without, then the write is."""
+    options = {key: value for key, value in kwargs.items() if key != "out"}
+    return write(kwargs["out"], op(*args, **options))
 
 
 def conj(x: Any) -> Any:
