@@ -12,7 +12,8 @@ import pytest
 from distgrad.testing import World
 
 # Importlib mode puts no folder on the path; `served` holds what the workers call.
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "faults")]
 served = importlib.import_module("served")
 
 

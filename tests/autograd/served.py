@@ -73,6 +73,72 @@ def through(x: Any, route: list[int]) -> Any:
     return x + rpc.rpc_sync(route[0], through, args=(x, route[1:]))
 
 
+started, may_go_on = threading.Event(), threading.Event()
+
+
+class Held(dg.Function):
+    """The identity; its rule says that it started, and waits until it may go on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        started.set()
+        assert may_go_on.wait(30)
+        return grad
+
+
+@rpc.expose
+def held(x: Any) -> Any:
+    started.clear()
+    may_go_on.clear()
+    return Held.apply(x)
+
+
+@rpc.expose
+def held_behind(x: Any) -> Any:
+    return rpc.rpc_sync("worker2", held, args=(x * 1.0,)) * 1.0
+
+
+@rpc.expose
+def wait_for_start() -> bool:
+    return started.wait(30)
+
+
+@rpc.expose
+def let_go() -> None:
+    may_go_on.set()
+
+
+broken = threading.Event()
+
+
+class Fickle(dg.Function):
+    """The identity; its rule raises while this process is broken."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        if broken.is_set():
+            raise ZeroDivisionError("this rule is broken")
+        return grad
+
+
+@rpc.expose
+def fickle(x: Any) -> Any:
+    return Fickle.apply(x)
+
+
+@rpc.expose
+def break_rules(on: bool) -> None:
+    broken.set() if on else broken.clear()
+
+
 may_return = threading.Event()
 
 

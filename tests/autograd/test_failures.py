@@ -22,52 +22,25 @@ from distgrad.errors import (
 from distgrad.testing import World
 
 
-class Brittle(dg.Function):
-    """The identity; its rule raises as long as the worker's switch is on."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any) -> Any:
-        return x * 1.0
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
-        if switch.is_set():
-            raise ZeroDivisionError("this rule is broken")
-        return grad
-
-
-switch = threading.Event()
-
-
 @rpc.expose
-def turn(on: bool) -> None:
-    switch.set() if on else switch.clear()
-
-
-@rpc.expose
-def brittle(x: Any) -> Any:
-    return Brittle.apply(x)
-
-
-@rpc.expose
-def brittle_behind(x: Any, route: list[int]) -> Any:
+def fickle_behind(x: Any, route: list[int]) -> Any:
     if not route:
-        return Brittle.apply(x)
-    return rpc.rpc_sync(route[0], brittle_behind, args=(x * 1.0, route[1:])) * 1.0
+        return served.fickle(x)
+    return rpc.rpc_sync(route[0], fickle_behind, args=(x * 1.0, route[1:])) * 1.0
 
 
 def broken_rule(rank: int) -> Any:
     x = dg.tensor([1.0], requires_grad=True)
-    rpc.rpc_sync("worker2", turn, args=(True,))
+    rpc.rpc_sync("worker2", served.break_rules, args=(True,))
     with dist_autograd.context() as context_id:
-        loss = rpc.rpc_sync("worker1", brittle_behind, args=(x, [2])).sum()
+        loss = rpc.rpc_sync("worker1", fickle_behind, args=(x, [2])).sum()
         other = rpc.rpc_sync("worker1", served.through, args=(x, [2, 1, 0])).sum()
         with pytest.raises(BackwardError) as caught:
             dist_autograd.backward(context_id, [loss + other], retain_graph=True, timeout=20)
         error = caught.value
         assert isinstance(error.__cause__, ZeroDivisionError)
         assert error.__cause__.args == ("this rule is broken",)
-        rpc.rpc_sync("worker2", turn, args=(False,))
+        rpc.rpc_sync("worker2", served.break_rules, args=(False,))
         before = {k: g.numpy() * 1.0 for k, g in dist_autograd.get_gradients(context_id).items()}
         dist_autograd.backward(context_id, [loss], timeout=20)
         gained = dist_autograd.get_gradients(context_id)[x].numpy() - before.get(x, 0.0)
@@ -79,7 +52,7 @@ def broken_rule(rank: int) -> Any:
 def test_backward_broken_rule_elsewhere_names_worker_node_and_traceback(trio: World) -> None:
     worker, node, trace, text, gained, running, left = trio.run(broken_rule, ranks=[0])[0]
     assert worker == "worker2"
-    assert "Brittle" in node
+    assert "Fickle" in node
     assert "raise ZeroDivisionError" in trace
     assert "on worker 'worker2'" in text
     assert "raise ZeroDivisionError" in text
@@ -90,13 +63,13 @@ def test_backward_broken_rule_elsewhere_names_worker_node_and_traceback(trio: Wo
 
 def broken_at_home(rank: int) -> None:
     x = dg.tensor([1.0], requires_grad=True)
-    switch.set()
+    served.broken.set()
     with dist_autograd.context() as context_id:
-        y = brittle(x)
+        y = served.fickle(x)
         loss = rpc.rpc_sync("worker1", served.scale, args=(y,)).sum()
         with pytest.raises(BackwardError) as caught:
             dist_autograd.backward(context_id, [loss], timeout=20)
-    switch.clear()
+    served.broken.clear()
     assert caught.value.worker == "worker0"
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert caught.value.__cause__.__traceback__ is not None
@@ -107,48 +80,14 @@ def test_backward_broken_rule_here_keeps_the_exception_itself(trio: World) -> No
     trio.run(broken_at_home, ranks=[0])
 
 
-started, may_go_on = threading.Event(), threading.Event()
-
-
-class Slow(dg.Function):
-    """The identity; its rule waits until it is let go."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any) -> Any:
-        return x * 1.0
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
-        started.set()
-        assert may_go_on.wait(30)
-        return grad
-
-
-@rpc.expose
-def slow(x: Any) -> Any:
-    started.clear()
-    may_go_on.clear()
-    return Slow.apply(x)
-
-
-@rpc.expose
-def let_go() -> None:
-    may_go_on.set()
-
-
-@rpc.expose
-def wait_for_start() -> bool:
-    return started.wait(30)
-
-
 def too_slow(rank: int) -> None:
     x = dg.tensor([1.0], requires_grad=True)
     with dist_autograd.context() as context_id:
-        loss = rpc.rpc_sync("worker1", slow, args=(x,)).sum()
+        loss = rpc.rpc_sync("worker1", served.held, args=(x,)).sum()
         with pytest.raises(BackwardError) as caught:
             dist_autograd.backward(context_id, [loss], timeout=0.05)
         assert isinstance(caught.value.__cause__, RpcTimeoutError)
-        rpc.rpc_sync("worker1", let_go)
+        rpc.rpc_sync("worker1", served.let_go)
         again = rpc.rpc_sync("worker1", served.scale, args=(x,)).sum()
         dist_autograd.backward(context_id, [again], timeout=20)
         assert_array_equal(dist_autograd.get_gradients(context_id)[x].numpy(), [3.0])
@@ -162,10 +101,10 @@ def test_backward_timeout_fails_the_pass_and_leaves_the_context_usable(trio: Wor
 def lose_a_worker(rank: int) -> Any:
     """Worker 0 runs a pass that waits for worker 2, which is killed meanwhile."""
     if rank == 1:
-        return rpc.rpc_sync("worker2", wait_for_start)
+        return rpc.rpc_sync("worker2", served.wait_for_start)
     x = dg.tensor([1.0], requires_grad=True)
     with dist_autograd.context() as context_id:
-        loss = rpc.rpc_sync("worker1", call_slow, args=(x,)).sum()
+        loss = rpc.rpc_sync("worker1", served.held_behind, args=(x,)).sum()
         with pytest.raises(BackwardError) as caught:
             dist_autograd.backward(context_id, [loss], timeout=30)
         assert isinstance(caught.value.__cause__, WorkerLostError)
@@ -175,14 +114,9 @@ def lose_a_worker(rank: int) -> Any:
     return found, [served.counters(*route) for route in ([], [1])]
 
 
-@rpc.expose
-def call_slow(x: Any) -> Any:
-    return rpc.rpc_sync("worker2", slow, args=(x * 1.0,)) * 1.0
-
-
 @pytest.mark.parametrize("transport", ["inproc", "unix"])
 def test_backward_worker_killed_during_the_pass_fails_it_at_once(transport: str) -> None:
-    started.clear()
+    served.started.clear()
     with World(3, transport=transport) as world:
         outcome: list[Any] = []
         root = threading.Thread(
@@ -190,12 +124,12 @@ def test_backward_worker_killed_during_the_pass_fails_it_at_once(transport: str)
         )
         root.start()
         if transport == "inproc":
-            assert started.wait(30)
+            assert served.started.wait(30)
         else:
             wait_until_started(world)
         world.kill(2)
         root.join(40)
-        may_go_on.set()
+        served.may_go_on.set()
         ((found, left),) = outcome
         assert_array_equal(found, [3.0])
         assert left == [served.NOTHING] * 2
@@ -256,16 +190,16 @@ def test_backward_context_released_meanwhile_fails_the_pass(threads: World) -> N
         assert isinstance(caught.value.__cause__, ContextError)
 
     may_leave = threading.Event()
-    started.clear()
+    served.started.clear()
     creator = threading.Thread(target=lambda: threads.run(create, ranks=[0]))
     creator.start()
     runner = threading.Thread(target=lambda: failures.extend(threads.run(run_pass, ranks=[2])))
     failures: list[Any] = []
     runner.start()
-    assert started.wait(30)
+    assert served.started.wait(30)
     may_leave.set()
     creator.join(30)
-    may_go_on.set()
+    served.may_go_on.set()
     runner.join(30)
     assert failures == [None]
 
@@ -275,8 +209,8 @@ prepared: list[Any] = []
 
 @rpc.expose
 def prepare(rref: Any) -> None:
-    may_go_on.clear()
-    prepared.append(Slow.apply(rref.to_here()).sum())
+    served.may_go_on.clear()
+    prepared.append(served.Held.apply(rref.to_here()).sum())
 
 
 @rpc.expose
@@ -313,14 +247,14 @@ def run_beside_a_bystander(rank: int) -> Any:
     x = dg.tensor([1.0], requires_grad=True)
     rpc.rpc_sync("worker2", served.counters)  # it is connected, and has no part in the context
     with dist_autograd.context() as context_id:
-        loss = rpc.rpc_sync("worker1", slow, args=(x,)).sum()
+        loss = rpc.rpc_sync("worker1", served.held, args=(x,)).sum()
         dist_autograd.backward(context_id, [loss], timeout=30)
         return dist_autograd.get_gradients(context_id)[x].numpy()
 
 
 @pytest.mark.parametrize("transport", ["inproc", "unix"])
 def test_backward_worker_without_part_in_the_pass_may_die(transport: str) -> None:
-    started.clear()
+    served.started.clear()
     with World(3, transport=transport) as world:
         outcome: list[Any] = []
         root = threading.Thread(
@@ -328,12 +262,12 @@ def test_backward_worker_without_part_in_the_pass_may_die(transport: str) -> Non
         )
         root.start()
         if transport == "inproc":
-            assert started.wait(30)
+            assert served.started.wait(30)
         else:
             assert world.run(start_of_neighbour, ranks=[1]) == [True]
         world.kill(2)
         if transport == "inproc":
-            may_go_on.set()
+            served.may_go_on.set()
         else:
             world.run(let_go_here, ranks=[1])
         root.join(40)
@@ -341,11 +275,11 @@ def test_backward_worker_without_part_in_the_pass_may_die(transport: str) -> Non
 
 
 def start_of_neighbour(rank: int) -> bool:
-    return wait_for_start()
+    return served.wait_for_start()
 
 
 def let_go_here(rank: int) -> None:
-    may_go_on.set()
+    served.may_go_on.set()
 
 
 def unused_and_dead(rank: int) -> Any:

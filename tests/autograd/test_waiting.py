@@ -19,56 +19,6 @@ from distgrad.testing import World
 
 HERE = __file__.rpartition("/")[2]
 
-started, may_go_on = threading.Event(), threading.Event()
-
-
-class Held(dg.Function):
-    """The identity; its rule waits until it is let go."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any) -> Any:
-        return x * 1.0
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
-        started.set()
-        assert may_go_on.wait(30)
-        return grad
-
-
-class Broken(dg.Function):
-    """The identity; its rule raises."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any) -> Any:
-        return x * 1.0
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
-        raise ZeroDivisionError("this rule is broken")
-
-
-@rpc.expose
-def held(x: Any) -> Any:
-    started.clear()
-    may_go_on.clear()
-    return Held.apply(x)
-
-
-@rpc.expose
-def held_behind(x: Any) -> Any:
-    return rpc.rpc_sync("worker2", held, args=(x * 1.0,)) * 1.0
-
-
-@rpc.expose
-def broken(x: Any) -> Any:
-    return Broken.apply(x)
-
-
-@rpc.expose
-def let_go() -> None:
-    may_go_on.set()
-
 
 @rpc.expose
 def trace(on: bool) -> None:
@@ -82,17 +32,17 @@ def identify() -> int:
 
 @rpc.expose
 def produce(x: Any) -> Any:
-    return held_behind(x)
+    return served.held_behind(x)
 
 
 def wait_too_long(rank: int) -> str:
     x = dg.tensor([1.0], requires_grad=True)
     with dist_autograd.context() as context_id:
-        loss = rpc.rpc_sync("worker1", held_behind, args=(x,)).sum()
+        loss = rpc.rpc_sync("worker1", served.held_behind, args=(x,)).sum()
         with pytest.raises(BackwardError) as caught:
             dist_autograd.backward(context_id, [loss], timeout=0.3)
         assert isinstance(caught.value.__cause__, RpcTimeoutError)
-        rpc.rpc_sync("worker2", let_go)
+        rpc.rpc_sync("worker2", served.let_go)
         return str(caught.value)
 
 
@@ -101,9 +51,9 @@ def test_waiting_time_out_names_the_sends_and_their_calls(trio: World) -> None:
     lines = trio.run(wait_too_long, ranks=[0])[0].splitlines()
     assert lines[1:] == [
         "worker 'worker0', pass 1 of worker 'worker0': running",
-        f"  no gradient from worker 'worker1' for call {__name__}:held_behind",
+        "  no gradient from worker 'worker1' for call served:held_behind",
         "worker 'worker1', pass 1 of worker 'worker0': running",
-        f"  no gradient from worker 'worker2' for call {__name__}:held",
+        "  no gradient from worker 'worker2' for call served:held",
         "worker 'worker2', pass 1 of worker 'worker0': running, a thread is at work",
     ]
 
@@ -118,11 +68,11 @@ def ask_meanwhile(rank: int) -> list[str]:
             from distgrad.rpc.activity import Activity, activity
 
             activity.set(Activity(worker))
-            assert started.wait(30)
+            assert served.started.wait(30)
             reports.append(dist_autograd.retrieve_context(int(context_id)).why_waiting())
-            may_go_on.set()
+            served.may_go_on.set()
 
-        y = held(x)  # on this worker
+        y = served.held(x)  # on this worker
         watcher = threading.Thread(target=look)
         watcher.start()
         loss = rpc.rpc_sync("worker1", served.scale, args=(y,)).sum()
@@ -168,7 +118,7 @@ def answer_late(rank: int) -> str:
         rref.to_here()
         with pytest.raises((BackwardError, RpcTimeoutError)) as caught:
             rref.backward(int(context_id))
-        rpc.rpc_sync("worker2", let_go)
+        rpc.rpc_sync("worker2", served.let_go)
         return str(caught.value)
 
 
@@ -176,21 +126,23 @@ def test_waiting_rref_backward_that_takes_too_long_says_for_what() -> None:
     with World(3, rpc_timeout=0.5) as world:
         text = world.run(answer_late, ranks=[0])[0]
     assert "worker 'worker2', pass 1 of worker 'worker1': running, a thread is at work" in text
-    assert f"no gradient from worker 'worker2' for call {__name__}:held" in text
+    assert "no gradient from worker 'worker2' for call served:held" in text
 
 
 def fail_with_site(rank: int) -> tuple[str, str, str]:
     x = dg.tensor([1.0], requires_grad=True)
     for peer in ("worker0", "worker1"):
         rpc.rpc_sync(peer, trace, args=(True,))
+    rpc.rpc_sync("worker1", served.break_rules, args=(True,))
     with dist_autograd.context() as context_id:
-        loss = rpc.rpc_sync("worker1", broken, args=(x,)).sum()
+        loss = rpc.rpc_sync("worker1", served.fickle, args=(x,)).sum()
         with pytest.raises(BackwardError) as caught:
             dist_autograd.backward(context_id, [loss], timeout=20)
-        late = rpc.rpc_sync("worker1", held_behind, args=(x,)).sum()
+        late = rpc.rpc_sync("worker1", served.held_behind, args=(x,)).sum()
         with pytest.raises(BackwardError) as waited:
             dist_autograd.backward(context_id, [late], timeout=0.2)
-        rpc.rpc_sync("worker2", let_go)
+        rpc.rpc_sync("worker2", served.let_go)
+    rpc.rpc_sync("worker1", served.break_rules, args=(False,))
     for peer in ("worker0", "worker1"):
         rpc.rpc_sync(peer, trace, args=(False,))
     return caught.value.site, str(caught.value), str(waited.value)
@@ -198,10 +150,10 @@ def fail_with_site(rank: int) -> tuple[str, str, str]:
 
 def test_waiting_and_failing_nodes_show_where_they_were_recorded(trio: World) -> None:
     site, text, waited = trio.run(fail_with_site, ranks=[0])[0]
-    assert HERE in site
-    assert site.endswith("in broken")
-    assert f"at node BrokenBackward, recorded at {site}: this rule is broken" in text
-    assert f"for call {__name__}:held_behind, recorded at " in waited
+    assert "served.py" in site
+    assert site.endswith("in fickle")
+    assert f"at node FickleBackward, recorded at {site}: this rule is broken" in text
+    assert "for call served:held_behind, recorded at " in waited
     assert "in fail_with_site" in waited
 
 
@@ -221,11 +173,13 @@ def test_waiting_local_pass_that_fails_shows_where_the_node_was_recorded() -> No
     x = dg.tensor([1.0], requires_grad=True)
     config.trace_graph = True
     try:
-        y = Broken.apply(x).sum()
+        y = served.Fickle.apply(x).sum()
     finally:
         config.trace_graph = False
+    served.broken.set()
     with pytest.raises(ZeroDivisionError) as caught:
         y.backward()
+    served.broken.clear()
     (note,) = caught.value.__notes__
     assert HERE in note
     assert "in test_waiting_local_pass" in note
