@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from references import wait_until
 
 from distgrad import autograd as dist_autograd
 from distgrad import rpc
@@ -17,8 +16,6 @@ from distgrad.errors import ContextError, DistgradError
 from distgrad.optim import SGD, Adam, DistributedOptimizer, Optimizer, lr_scheduler
 from distgrad.optim.steps import TRY
 from distgrad.testing import World
-
-PATIENCE_S = 20.0
 
 weights: dict[tuple[int, str], Tensor] = {}
 
@@ -60,13 +57,6 @@ def world() -> Iterator[World]:
 
 def on(world: World, rank: int, body: Any) -> Any:
     return world.run(lambda rank: body(), ranks=[rank])[0]
-
-
-def wait_until(condition: Any) -> None:
-    until, pause = time.monotonic() + PATIENCE_S, threading.Event()
-    while not condition():
-        assert time.monotonic() < until, "it never happened"
-        pause.wait(0.005)
 
 
 def steps_at(world: World, rank: int) -> int:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import gc
 import random
 import threading
-import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from references import PATIENCE_S, counters, wait_until
 
 from distgrad import rpc
 from distgrad._codec import encode
 from distgrad.errors import OwnerLostError, RpcTimeoutError, SerializationError
 from distgrad.rpc._exchange import Session
 from distgrad.testing import World
-
-PATIENCE_S = 20.0
 
 release = threading.Event()
 kept: list[Any] = []
@@ -77,20 +75,6 @@ def relay(rref: Any, route: list[int]) -> Any:
 def hold_on(rrefs: Any) -> Any:
     assert release.wait(PATIENCE_S)
     return rrefs
-
-
-def counters() -> dict[str, int]:
-    info = rpc.debug_info()
-    return {name: n for name, n in info.items() if name.startswith("rref.") and n}
-
-
-def wait_until(condition: Any, state: Any = lambda: "") -> None:
-    """Wait until a condition holds; what is waited for happens on other threads."""
-    until, pause = time.monotonic() + PATIENCE_S, threading.Event()
-    while not condition():
-        assert time.monotonic() < until, f"it never happened: {state()}"
-        gc.collect()
-        pause.wait(0.005)
 
 
 def books_of(world: World) -> dict[int, dict[str, int]]:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import re
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from references import PATIENCE_S, counters, wait_until, wait_until_empty
 
 from distgrad import rpc
 from distgrad.errors import OwnerLostError, RpcTimeoutError
 from distgrad.testing import World
-
-PATIENCE_S = 20.0
 
 release = threading.Event()
 kept: list[Any] = []  # of a process: what is referred to from one run to the next
@@ -64,23 +61,6 @@ def same(value: Any) -> Any:
 def same_when_released(value: Any) -> Any:
     assert release.wait(PATIENCE_S)
     return value
-
-
-def counters() -> dict[str, int]:
-    info = rpc.debug_info()
-    return {name: n for name, n in info.items() if name.startswith("rref.") and n}
-
-
-def wait_until(condition: Callable[[], Any]) -> None:
-    until, pause = time.monotonic() + PATIENCE_S, threading.Event()
-    while not condition():
-        assert time.monotonic() < until, "it never happened"
-        gc.collect()
-        pause.wait(0.005)
-
-
-def wait_until_empty(rank: int) -> None:
-    wait_until(lambda: not counters())
 
 
 @pytest.fixture(params=["inproc", "unix"])

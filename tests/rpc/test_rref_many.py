@@ -10,12 +10,11 @@ import gc
 import os
 import random
 import signal
-import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
+from references import counters, wait_until
 
 from distgrad import rpc
 from distgrad.testing import World
@@ -23,7 +22,6 @@ from distgrad.testing import World
 RREFS = int(os.environ.get("DISTGRAD_RREFS", "2000"))
 HEARTBEAT_S = float(os.environ.get("DISTGRAD_HEARTBEAT_INTERVAL", "0.1"))
 WORKERS, BATCH = 4, 100
-PATIENCE_S = 20.0
 
 kept: list[Any] = []  # of each process its own
 
@@ -52,18 +50,6 @@ def keep_on(rrefs: Any) -> None:
     kept.extend(rrefs)
 
 
-def counters() -> dict[str, int]:
-    info = rpc.debug_info()
-    return {name: n for name, n in info.items() if name.startswith("rref.") and n}
-
-
-def wait_until(condition: Callable[[], Any]) -> None:
-    until, pause = time.monotonic() + PATIENCE_S, threading.Event()
-    while not condition():
-        assert time.monotonic() < until, f"it never happened: {counters()}"
-        pause.wait(0.002)
-
-
 def share_and_drop(rank: int, rrefs: int) -> None:
     """Create references everywhere, in batches, and share each batch with two workers."""
     choices = random.Random(rank)
@@ -79,7 +65,7 @@ def seconds_until_empty(rank: int) -> float:
     kept.clear()
     gc.collect()
     start = time.monotonic()
-    wait_until(lambda: not counters())
+    wait_until(lambda: not counters(), counters, collect=False)
     return time.monotonic() - start
 
 
@@ -124,7 +110,7 @@ def hold_many(rank: int, rrefs: int) -> None:
 
 def forks_after_loss(rank: int, left: int) -> float:
     start = time.monotonic()
-    wait_until(lambda: counters().get("rref.forks", 0) == left)
+    wait_until(lambda: counters().get("rref.forks", 0) == left, counters, collect=False)
     return time.monotonic() - start
 
 
