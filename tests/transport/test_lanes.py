@@ -4,6 +4,8 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,12 @@ from distgrad.config import config
 from distgrad.errors import AuthenticationError, ProtocolError, TransportError
 from distgrad.testing.transport_pair import Pair, expect, handshakes, message, polling
 from distgrad.transport._poller import Poller
+from distgrad.transport._pool import SlabPool, touch
 from distgrad.transport._stream import StreamConnection
 from distgrad.transport.handshake import authenticate
 from distgrad.transport.lanes import announce, join
 from distgrad.transport.stream import TcpTransport
+from distgrad.transport.warming import Warmer
 
 LARGE = 4_000_000  # float64: far more than two sockets hold
 PATIENCE_S = 20.0
@@ -188,6 +192,41 @@ def test_end_of_the_lane_alone_is_found_by_the_next_payload(raw: Raw) -> None:
 def test_bytes_that_announce_nonsense_end_the_connection(raw: Raw, head: bytes) -> None:
     raw.socket.sendall(head)
     assert isinstance(raw.poll_until_ended(), ProtocolError)
+
+
+def resident() -> int:
+    with open("/proc/self/status") as file:
+        (private,) = [line.split()[1] for line in file if line.startswith("RssAnon:")]
+    return int(private) * 1024
+
+
+def test_announced_payload_takes_memory_only_as_its_bytes_come(raw: Raw) -> None:
+    untouched = message(np.zeros(2**30, np.uint8))  # of the system's one page of zeros
+    before = resident()
+    raw.socket.sendall(b"\xfe" + bytes(63) + bytes(untouched.parts()[0]))
+    raw.lane.setblocking(False)
+    sent = 0
+    while sent < 32 * 2**20:
+        with suppress(BlockingIOError):
+            sent += raw.lane.send(bytes(64 * 1024))
+        raw.events += [item for _, item in raw.poller.poll(0.001, False)]
+    assert not raw.events
+    assert resident() - before < sent + 64 * 2**20
+
+
+def test_fresh_memory_is_touched_by_another_thread_which_then_ends() -> None:
+    warmer, slab, done = Warmer(), SlabPool().take(8 * 2**20), SimpleQueue()
+    for start in (0, 4 * 2**20):
+        warmer.order(slab, start, 4 * 2**20, lambda: done.put(threading.current_thread()))
+    first, second = done.get(timeout=PATIENCE_S), done.get(timeout=PATIENCE_S)
+    assert first is second is not threading.current_thread()
+    assert not np.frombuffer(slab, np.uint8)[::4096].any()
+    first.join(PATIENCE_S)
+    assert not first.is_alive()
+    warmer.order(slab, 0, 1, lambda: done.put(None))
+    assert done.get(timeout=PATIENCE_S) is None
+    with pytest.raises(ValueError, match="cannot touch bytes"):
+        touch(slab, 0, 8 * 2**20 + 1)
 
 
 def test_record_without_a_lane_ends_the_connection() -> None:

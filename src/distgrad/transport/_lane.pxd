@@ -10,6 +10,8 @@ from distgrad.transport._pool cimport Slab
 
 cdef enum:
     APART = 256 * 1024        # payloads from here on go over the lane
+    AHEAD = 16 * 1024 * 1024  # most fresh memory of a payload that is made ready before its bytes
+    PART = 4 * 1024 * 1024    # of it at a time
     APART_MARK = 0xFE         # first byte of the record that stands before such a message
     RECORD = 64               # bytes of that record; the others are 0
 
@@ -34,11 +36,15 @@ cdef class LaneOwner(Outlet):
 cdef class Lane(Outlet):
     cdef LaneOwner owner           # None once it has ended
     cdef object coming             # deque of Arriving whose payloads are not here, oldest first
-    cdef char *target              # where the rest of the payload that is being read goes
+    cdef Slab slab                 # memory of the payload that is being read; or None
+    cdef char *target              # where the rest of it goes
+    cdef Py_ssize_t room           # bytes from `target` on that have pages
+    cdef Py_ssize_t ordered        # bytes behind those that another thread touches now
 
     cdef double next_way           # no earlier than then it gives way to other threads
 
     cdef int expect(self, Arriving message) except -1
     cdef int begin(self) except -1
+    cdef int make_room(self) except -1
     cdef void give_way(self) noexcept nogil
     cdef int finish(self) except -1

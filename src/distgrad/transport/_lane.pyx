@@ -6,7 +6,9 @@ L1  A lane is read only while a message waits for its payload, and only into tha
 L2  In one turn of the poller a lane moves at most TURN bytes each way, and it is never the
     connection that the poller reads directly: the other sockets have their turn in between,
     and so have threads that wait for the processor.
-L3  A lane ends with its connection, and a fault of it ends the connection.
+L3  Nothing is read into fresh memory: another thread touches it first, a bounded piece ahead,
+    since a page may take milliseconds. The fields of a lane belong to the polling thread.
+L4  A lane ends with its connection, and a fault of it ends the connection.
 """
 
 from collections import deque
@@ -16,9 +18,10 @@ from libc.stdint cimport uint32_t
 
 from distgrad.transport._outlet cimport Outlet, failure
 from distgrad.transport._poller cimport Poller as PollerType
-from distgrad.transport._pool cimport Slab, shared
+from distgrad.transport._pool cimport shared
 
 from distgrad.errors import TransportError
+from distgrad.transport.warming import warmer
 
 cimport cython
 
@@ -85,17 +88,39 @@ cdef class Lane(Outlet):
         return self.begin() if len(self.coming) == 1 else 0
 
     cdef int begin(self) except -1:
-        """Make room for the next payload, or stop reading if none is due (L1)."""
+        """Make ready for the next payload, or stop reading if none is due (L1)."""
         cdef Arriving message
-        cdef Slab slab
+        self.slab = None
+        self.room = 0
         if self.coming:
             message = self.coming[0]
-            slab = shared.take(message.header.payload_nbytes)
-            message.payload = slab
-            self.target = slab.data
+            self.slab = shared.take(message.header.payload_nbytes)
+            message.payload = self.slab
+            self.target = self.slab.data
             self.missing = message.header.payload_nbytes
-        self.wanted = EPOLLIN if self.coming else 0
+            self.room = self.slab.warm
+        return self.make_room()
+
+    cdef int make_room(self) except -1:
+        """Have the memory touched that comes next; read only where that is done (L3)."""
+        cdef Py_ssize_t start
+        if self.missing > self.room and self.room < AHEAD and not self.ordered:
+            start = self.target + self.room - self.slab.data
+            self.ordered = min(self.missing - self.room, PART)
+            warmer.order(self.slab, start, self.ordered, self.touched)
+        self.wanted = EPOLLIN if self.room > 0 else 0
         return self.arm()
+
+    def touched(self):
+        """Tell the polling thread that memory is ready."""
+        self.poller.call(self.take_room)
+
+    def take_room(self):
+        """Read on, into memory that is ready now."""
+        if not self.ended:
+            self.room += self.ordered
+            self.ordered = 0
+            self.make_room()
 
     cdef bint serve(self, uint32_t what, list events) except -1:
         cdef Arriving message
@@ -125,6 +150,8 @@ cdef class Lane(Outlet):
                 self.begin()
             except MemoryError as error:
                 self.owner.on_lane_end(events, error)
+        elif self.room < AHEAD:
+            self.make_room()
         return False
 
     cdef void give_way(self) noexcept nogil:
@@ -139,8 +166,8 @@ cdef class Lane(Outlet):
     cdef Py_ssize_t receive(self) noexcept nogil:
         """Read a turn's bytes of the payload that is due; see `Pollable.receive`."""
         cdef Py_ssize_t result, total = 0
-        while self.missing > 0 and total < TURN:
-            result = recv(self.fd, self.target, min(self.missing, TURN - total), MSG_DONTWAIT)
+        while self.room > 0 and total < TURN:
+            result = recv(self.fd, self.target, min(self.room, TURN - total), MSG_DONTWAIT)
             if result < 0 and errno == EINTR:
                 continue
             if result <= 0:
@@ -148,7 +175,8 @@ cdef class Lane(Outlet):
             total += result
             self.target += result
             self.missing -= result
-        return total
+            self.room -= result
+        return total if total > 0 else NOTHING
 
     cdef int finish(self) except -1:
         """End: read and write no more."""
@@ -158,6 +186,8 @@ cdef class Lane(Outlet):
         self.missing = 0
         self.owner = None
         self.coming.clear()
+        self.slab = None
+        self.room = 0
         self.poller.entries.pop(self.token, None)
         self.leave_poller()
         self.shut()

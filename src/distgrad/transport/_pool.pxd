@@ -22,7 +22,7 @@ cdef class SlabPool:
 
     cpdef Slab take(self, Py_ssize_t nbytes)
     cdef void _give_back(self, char *data, int size_class) noexcept
-    cdef void _evict(self, Py_ssize_t limit) noexcept
+    cdef Block *_evict(self, Py_ssize_t limit) noexcept
 
 
 cdef class Slab:
@@ -30,6 +30,7 @@ cdef class Slab:
     cdef char *data          # 64-byte aligned
     cdef Py_ssize_t nbytes   # what was asked for; the block may be larger
     cdef int size_class
+    cdef Py_ssize_t warm     # bytes from the start that had been touched when it was taken
 
 
 cdef SlabPool shared

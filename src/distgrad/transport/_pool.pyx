@@ -54,6 +54,18 @@ cdef int make_block(void **out, Py_ssize_t nbytes) noexcept:
     return failed
 
 
+cdef void release(Block *blocks) noexcept:
+    """Give blocks back to the system: gigabytes of pages take milliseconds."""
+    cdef Block *block
+    if blocks == NULL:
+        return
+    with nogil:
+        while blocks != NULL:
+            block = blocks
+            blocks = block.next
+            free(block)
+
+
 @cython.final
 cdef class SlabPool:
     """A cache of memory for received payloads.
@@ -90,10 +102,12 @@ cdef class SlabPool:
         slab.data = <char*>block
         slab.nbytes = nbytes
         slab.size_class = size_class
+        slab.warm = 0 if fresh != NULL and nbytes >= HUGE else nbytes
         return slab
 
     cdef void _give_back(self, char *data, int size_class) noexcept:
         cdef Block *block = <Block*>data
+        cdef Block *surplus
         cdef Py_ssize_t limit = 0
         try:
             limit = config.pool_bytes
@@ -104,11 +118,14 @@ cdef class SlabPool:
             self.free[size_class] = block
             self.idle += class_bytes(size_class)
             self.lent -= class_bytes(size_class)
-            self._evict(limit)
+            surplus = self._evict(limit)
+        release(surplus)
 
-    cdef void _evict(self, Py_ssize_t limit) noexcept:
+    cdef Block *_evict(self, Py_ssize_t limit) noexcept:
+        """Take blocks out until what is idle is within the limit; return them as a list."""
         cdef int oldest, i
         cdef Block *block
+        cdef Block *surplus = NULL
         while self.idle > limit:
             oldest = -1
             for i in range(CLASSES):
@@ -117,10 +134,12 @@ cdef class SlabPool:
             block = self.free[oldest]
             self.free[oldest] = block.next
             self.idle -= class_bytes(oldest)
-            free(block)
+            block.next = surplus
+            surplus = block
+        return surplus
 
     def __dealloc__(self):
-        self._evict(0)
+        release(self._evict(0))
 
     @property
     def idle_bytes(self):
@@ -151,6 +170,18 @@ cdef class Slab:
     def __dealloc__(self):
         if self.data != NULL:
             self.pool._give_back(self.data, self.size_class)
+
+
+def touch(Slab slab not None, Py_ssize_t start, Py_ssize_t nbytes):
+    """Have the system give pages to a part of a slab; its content is lost."""
+    if start < 0 or nbytes < 0 or nbytes > slab.nbytes - start:
+        raise ValueError(f"cannot touch bytes {start} to {start + nbytes} of {slab.nbytes}")
+    cdef char *data = slab.data + start
+    cdef Py_ssize_t i = 0
+    with nogil:
+        while i < nbytes:
+            data[i] = 0
+            i += PAGE
 
 
 # Memory is a property of the process, not of a worker: all its workers share one pool.
