@@ -115,6 +115,28 @@ def large(rank):
     return rpc.rpc_sync(0, hold, (bytes(10 * MOST),))
 
 
+def call_beside_large(rank):
+    large = rpc.rpc_async(0, hold, (bytes(10 * MOST),))
+    refused = ends([rpc.rpc_async(0, hold, (bytes(10 * MOST),))])[1]
+    assert "max_peer_bytes" in refused[0], refused
+    assert rpc.rpc_sync(0, bounce, (3,)) == 3
+    rpc.rpc_sync(2, open_witness)
+    return large.wait()
+
+
+def test_flood_bound_reached_by_large_requests_lets_small_ones_pass(world):
+    assert world.run(call_beside_large, ranks=[1]) == [10 * MOST]
+
+
+def call_large_again_and_again(rank):
+    return {rpc.rpc_sync(0, hold, (bytes(10 * MOST),)) for _ in range(30)}
+
+
+def test_request_that_was_answered_does_not_count_against_the_next_one(world):
+    assert world.run(call_once, ranks=[1]) == [True]
+    assert world.run(call_large_again_and_again, ranks=[1]) == [{10 * MOST}]
+
+
 @rpc.expose
 def flood_and_stop():
     """Send until the ring is full, then read no more."""

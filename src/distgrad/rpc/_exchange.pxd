@@ -23,8 +23,10 @@ cdef class Session:
 cdef class Ledger:
     """Bytes that the requests of each peer take up here."""
 
-    cdef uint64_t *held            # by worker id
-    cdef uint64_t most             # of one peer; beyond, its requests are turned away
+    cdef uint64_t *held            # by account: two a worker, for small and large requests
+    cdef uint64_t most             # of one account; beyond, its requests are turned away
+
+    cdef uint64_t *account(self, int peer, uint64_t nbytes) noexcept
 
 
 cdef class Charged(Job):
@@ -35,6 +37,7 @@ cdef class Charged(Job):
     cdef uint64_t nbytes           # what the request takes up
 
     cdef int charge(self, Ledger ledger, int peer, Frame frame) except -1
+    cdef void discharge(self) noexcept
 
 
 cdef class Chore(Charged):
@@ -91,6 +94,7 @@ cdef class Exchange:
     cdef int compose(self, RpcFuture future, Outgoing message, Session session) except -1
     cdef int transmit(self, object connection, Outgoing message) except -1
     cdef int hold_back(self, object connection, Outgoing message) except -1
+    cdef int drain(self, object connection, Outgoing message) except -1
     cdef object route(self, int peer)
     cdef int resolve_id(self, object to) except -1
     cpdef int tell(self, int to, message, context_id=*) except -1

@@ -49,6 +49,7 @@ cdef uint8_t CALL = code_of(Call), REPLY = code_of(Reply), ERROR = code_of(Error
 cdef Py_ssize_t MOST_UNSENT = 1024 * 1024  # bytes a connection; beyond, senders wait
 cdef dict _codes = {kind: code for code, kind in KINDS.items()}
 cdef uint64_t REQUEST_NBYTES = 1024        # that a request takes up besides its content
+cdef uint64_t LARGE_NBYTES = 64 * 1024     # requests from here on are counted apart
 cdef uint64_t VALUE_NBYTES = 8             # of memory that a byte of a meta block can become
 cdef double UNSET = options.UNSET_RPC_TIMEOUT
 cdef str MARK = functions.ANSWERS_LATER
@@ -153,17 +154,26 @@ cdef class Ledger:
     workers
         How many there are.
     most
-        Bytes of one peer, about; beyond, its requests are turned away.
+        Bytes of the small requests of one peer, about, and of its large ones; beyond,
+        requests are turned away. Small ones are not because of large ones.
     """
 
     def __cinit__(self, int workers, uint64_t most):
         self.most = most
-        self.held = <uint64_t*>calloc(workers, sizeof(uint64_t))
+        self.held = <uint64_t*>calloc(2 * workers, sizeof(uint64_t))
         if self.held == NULL:
             raise MemoryError("cannot make a ledger: out of memory")
 
     def __dealloc__(self):
         free(self.held)
+
+    cdef uint64_t *account(self, int peer, uint64_t nbytes) noexcept:
+        """Return what a peer takes up with requests about as large as this one."""
+        return &self.held[2 * peer + (nbytes >= LARGE_NBYTES)]
+
+
+cdef inline uint64_t cost(Frame frame) noexcept:
+    return REQUEST_NBYTES + VALUE_NBYTES * <uint64_t>len(frame.meta) + frame.payload_nbytes
 
 
 @cython.no_gc_clear     # the ledger must be there to the last
@@ -173,16 +183,19 @@ cdef class Charged(Job):
     cdef int charge(self, Ledger ledger, int peer, Frame frame) except -1:
         """Count the request; once."""
         self.peer = peer
-        self.nbytes = (
-            REQUEST_NBYTES + VALUE_NBYTES * <uint64_t>len(frame.meta) + frame.payload_nbytes
-        )
+        self.nbytes = cost(frame)
         self.ledger = ledger
-        ledger.held[peer] += self.nbytes
+        ledger.account(peer, self.nbytes)[0] += self.nbytes
         return 0
 
+    cdef void discharge(self) noexcept:
+        """Count it no longer: before it is answered, for the answer may bring the next one."""
+        if self.nbytes:
+            self.ledger.account(self.peer, self.nbytes)[0] -= self.nbytes
+            self.nbytes = 0
+
     def __dealloc__(self):
-        if self.ledger is not None:
-            self.ledger.held[self.peer] -= self.nbytes
+        self.discharge()
 
 
 @cython.final
@@ -357,7 +370,21 @@ cdef class Exchange:
             self.unsent[connection] = queued    # whoever polls sends it
         else:
             self.unsent.pop(connection, None)
+            self.drain(connection, message)
+        return 0
+
+    cdef int drain(self, object connection, Outgoing message) except -1:
+        """Wait for the kernel; an answer that waits takes up memory, like the request did."""
+        cdef uint64_t nbytes = REQUEST_NBYTES + <uint64_t>message.payload_nbytes
+        cdef uint64_t *account = self.ledger.account(connection.peer, nbytes)
+        if message.kind != REPLY:
             self.crew.drain(connection)
+            return 0
+        account[0] += nbytes
+        try:
+            self.crew.drain(connection)
+        finally:
+            account[0] -= nbytes
         return 0
 
     cdef object route(self, int peer):
@@ -448,13 +475,15 @@ cdef class Exchange:
         if isinstance(value, Future):
             self._answer_later(served, request_id, what, value)
         else:
+            served.discharge()
             self.respond(served.peer, request_id, value, what)
         return 0
 
     def _answer_later(self, Served served, request_id, what, Future value):
         served.body = served.frame = None   # the arguments may be large
 
-        def completed(Future future):       # it keeps the charge until it has answered
+        def completed(Future future):
+            served.discharge()
             if future.exception() is None:
                 self.respond(served.peer, request_id, future.outcome(), what)
             else:
@@ -502,7 +531,9 @@ cdef class Exchange:
                 return self.on_answer(peer, frame)
             handling = self.handlers.get(frame.kind)
             if handling is not None:
-                if handling.charged and self.ledger.held[<int>peer] >= self.ledger.most:
+                if handling.charged and (
+                    self.ledger.account(peer, cost(frame))[0] >= self.ledger.most
+                ):
                     return self.turn_away(connection, peer, frame)
                 return self.on_request(peer, frame, handling)
             self._on_control(peer, frame)
@@ -558,7 +589,7 @@ cdef class Exchange:
 
     cdef int turn_away(self, object connection, int peer, Frame frame) except -1:
         """Answer a request that is one too many, unless that would not be read either."""
-        cdef uint64_t held = self.ledger.held[peer]
+        cdef uint64_t held = self.ledger.account(peer, cost(frame))[0]
         fact = f"worker {self.worker.name!r} holds {held} bytes of requests from here already"
         if not frame.request_id:
             raise ProtocolError(f"cannot take a message: {fact}")
@@ -634,6 +665,7 @@ cdef class Served(Charged):
         except BaseException as error:
             if not frame.request_id:
                 raise
+            self.discharge()
             exchange.reply_error(self.peer, frame.request_id, error)
             if not isinstance(error, Exception):
                 raise
