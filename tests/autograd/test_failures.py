@@ -98,6 +98,34 @@ def test_backward_timeout_fails_the_pass_and_leaves_the_context_usable(trio: Wor
     trio.run(too_slow, ranks=[0])
 
 
+class Lasting(dg.Function):
+    """The identity; its rule takes a while."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        threading.Event().wait(0.3)
+        return grad
+
+
+def too_slow_at_home(rank: int) -> None:
+    x = dg.tensor([1.0], requires_grad=True)
+    with dist_autograd.context() as context_id:
+        loss = Lasting.apply(rpc.rpc_sync("worker1", served.scale, args=(x,))).sum()
+        with pytest.raises(BackwardError) as caught:
+            dist_autograd.backward(context_id, [loss], timeout=0.2)
+        assert isinstance(caught.value.__cause__, RpcTimeoutError)
+    assert [served.counters(*route) for route in ([], [1])] == [served.NOTHING] * 2
+
+
+def test_backward_timeout_counts_from_the_call(threads: World) -> None:
+    """What the root runs before it has told anybody takes of the time as well."""
+    threads.run(too_slow_at_home, ranks=[0])
+
+
 def lose_a_worker(rank: int) -> Any:
     """Worker 0 runs a pass that waits for worker 2, which is killed meanwhile."""
     if rank == 1:

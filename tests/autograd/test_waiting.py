@@ -110,6 +110,35 @@ def test_waiting_names_workers_that_do_not_answer() -> None:
     assert "no gradient from worker 'worker2' for call served:through" in text
 
 
+@rpc.expose
+def identify_behind() -> int:
+    return int(rpc.rpc_sync("worker2", identify))
+
+
+def wait_for_a_frozen_stranger(rank: int) -> tuple[str, Any]:
+    """Worker 0 has no connection to the worker that everybody waits for."""
+    x = dg.tensor([1.0], requires_grad=True)
+    with dist_autograd.context() as context_id:
+        frozen = rpc.rpc_sync("worker1", identify_behind)
+        loss = rpc.rpc_sync("worker1", served.through, args=(x, [2])).sum()
+        os.kill(frozen, signal.SIGSTOP)
+        try:
+            with pytest.raises(BackwardError) as caught:
+                dist_autograd.backward(context_id, [loss], timeout=0.2)
+        finally:
+            os.kill(frozen, signal.SIGCONT)
+    return str(caught.value), rpc.rpc_sync("worker2", served.scale, args=(2.0,))
+
+
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_waiting_does_not_connect_to_those_that_it_asks_about(transport: str) -> None:
+    """A worker that is stopped would not answer, and count as lost."""
+    with World(3, transport=transport) as world:
+        text, answer = world.run(wait_for_a_frozen_stranger, ranks=[0])[0]
+    assert "worker 'worker2' did not answer within 0.5 s" in text
+    assert answer == 6.0
+
+
 def answer_late(rank: int) -> str:
     """The pass is started by the owner of an RRef, whose call has a deadline."""
     x = dg.tensor([1.0], requires_grad=True)

@@ -83,7 +83,7 @@ def backward(
         ``"context"``, or ``"grad"`` to add to ``.grad`` of the leaves on all workers.
     timeout
         Seconds after which the pass fails; None for no limit beyond the deadline of the
-        call that is being served.
+        call that is being served. A rule or hook that runs on this thread is not interrupted.
 
     Raises
     ------

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from distgrad._core import Node, gradient_edge
 from distgrad.autograd.functions import RecvRpcBackward, SendRpcBackward
-from distgrad.autograd.survey import survey
-from distgrad.rpc import current_worker, expose
+from distgrad.autograd.survey import question, survey
+from distgrad.rpc import current_worker
 
 if TYPE_CHECKING:
     from distgrad.autograd.engine import Engine
@@ -21,7 +21,7 @@ _PATIENCE_S = 60.0  # where calls have no deadline
 Graph = dict[str, Any]
 
 
-@expose
+@question
 def graph_here(context_id: int) -> Graph:
     """Return this worker's part of the graph of a context, as plain values.
 

@@ -292,9 +292,11 @@ class Engine:
         part.roots = [ref(root) for root in roots]
         pass_id = next(self._pass_ids)
         outcome = Future(chain=-pass_id, agent=self._agent)
+        patience = _patience(timeout)
+        until = None if patience is None else time.monotonic() + patience
         run = part.start(pass_id, flags, starts, outcome.set_result)
         if not outcome.done():
-            _await(part, run, outcome, _patience(timeout))
+            _await(part, run, outcome, patience, until)
         cause = outcome.wait()
         if cause is not None:
             raise failure(cause, run.error if run.cause is cause else None)
@@ -346,9 +348,11 @@ def _patience(timeout: float | None) -> float | None:
     return left if timeout is None else min(timeout, left)
 
 
-def _await(part: ContextPart, run: Run, outcome: Future, patience: float | None) -> None:
+def _await(
+    part: ContextPart, run: Run, outcome: Future, patience: float | None, until: float | None
+) -> None:
     try:
-        outcome.wait(patience)
+        outcome.wait(None if until is None else max(0.0, until - time.monotonic()))
     except RpcTimeoutError:
         part.fail(run, part.host.timed_out(part, patience))
     except BaseException as error:

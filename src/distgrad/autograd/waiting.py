@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from distgrad.autograd.part import Run
-from distgrad.autograd.survey import survey
+from distgrad.autograd.survey import question, survey
 from distgrad.autograd.terms import COMPLETE, RUNNING
 from distgrad.errors import RpcTimeoutError
 from distgrad.graph.tracing import RECORDED_AT
-from distgrad.rpc import current_worker, expose
+from distgrad.rpc import current_worker
 
 if TYPE_CHECKING:
     from distgrad.autograd.engine import Engine
@@ -20,7 +20,7 @@ __all__ = ["waiting_here", "why_waiting"]
 _MOST_SENDS = 20
 
 
-@expose
+@question
 def waiting_here(context_id: int) -> dict[str, Any]:
     """Return what the passes of a context wait for on this worker, as plain values.
 
