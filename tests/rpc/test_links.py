@@ -1,6 +1,9 @@
 """Connections between workers: who makes them, and who must not wait for them."""
 
 import multiprocessing
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -81,6 +84,40 @@ def test_worker_that_cannot_be_reached_is_lost_for_everybody(ask):
         ((peer, why),) = world.run(ask, ranks=[1])
     assert peer == 2
     assert "cannot reach worker 'worker2'" in why
+
+
+DIES = """
+import os, signal, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.bind(sys.argv[1])
+server.listen()
+print(flush=True)
+peer, _ = server.accept()
+peer.recv(1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def ask_who_dies_in_the_handshake(rank, path):
+    world = rpc.current_worker().world
+    addresses_of = world.addresses_of
+    world.addresses_of = lambda peer: [f"unix://{path}"] if peer == 2 else addresses_of(peer)
+    command = [sys.executable, "-c", DIES, path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        lost = what_is_lost(lambda worker: rpc.rpc_sync(2, twice, (1,)))
+    return process.returncode, lost
+
+
+def test_worker_that_dies_in_the_handshake_is_lost_and_the_error_says_why(tmp_path):
+    with World(3, transport="unix") as world:
+        [(code, (peer, why))] = world.run(
+            ask_who_dies_in_the_handshake, str(tmp_path / "s"), ranks=[0]
+        )
+        world.kill(2)  # nobody waits for it any more
+    assert code == -signal.SIGKILL
+    assert peer == 2
+    assert "Connection refused" in why
 
 
 def test_tick_that_fails_harms_nobody(caplog):

@@ -173,7 +173,7 @@ class StepTable:
         question = StepQuestion(ask.step, ask.optimizer, ask.line)
         try:
             answer = self._worker.request(ask.to, question, timeout=0)
-        except DistgradError:  # who dies in a handshake seems to refuse it
+        except TransportError:
             self._do(self._book.lose, ask.to)
         else:
             answer.add_done_callback(answered, inline=True)

@@ -261,7 +261,7 @@ class RRefTable:
         fork = self._counts.used[body.fork_id]
         try:
             answer = self.worker.request(owner, body, timeout=0)
-        except DistgradError:  # who dies in a handshake seems to refuse it
+        except TransportError:
             self._do(self._counts.settle, fork, ForkState.OWNER_LOST)
         else:
             answer.add_done_callback(partial(self.settle_by, fork), inline=True)
