@@ -61,6 +61,34 @@ def test_backward_broken_rule_elsewhere_names_worker_node_and_traceback(trio: Wo
     assert left == [served.NOTHING] * 3
 
 
+@rpc.expose
+def fickle_sum(x: Any) -> Any:
+    return fickle_behind(x, [2]).sum()
+
+
+def broken_rule_of_a_reference(rank: int) -> Any:
+    """Worker 1 owns the root, worker 2 the rule that raises."""
+    x = dg.tensor([1.0], requires_grad=True)
+    rpc.rpc_sync("worker2", served.break_rules, args=(True,))
+    with dist_autograd.context() as context_id:
+        rref = rpc.remote("worker1", fickle_sum, args=(x,))
+        with pytest.raises(BackwardError) as caught:
+            rref.backward(int(context_id))
+        rpc.rpc_sync("worker2", served.break_rules, args=(False,))
+    error = caught.value
+    left = [served.counters(*route) for route in ([], [1], [1, 2])]
+    return type(error.__cause__), str(error.__cause__), error.worker, error.node, str(error), left
+
+
+def test_backward_of_a_reference_that_fails_tells_its_user_all(trio: World) -> None:
+    cause, words, worker, node, text, left = trio.run(broken_rule_of_a_reference, ranks=[0])[0]
+    assert (cause, words) == (ZeroDivisionError, "this rule is broken")
+    assert worker == "worker2"
+    assert "Fickle" in node
+    assert "raise ZeroDivisionError" in text
+    assert left == [served.NOTHING] * 3
+
+
 def broken_at_home(rank: int) -> None:
     x = dg.tensor([1.0], requires_grad=True)
     served.broken.set()

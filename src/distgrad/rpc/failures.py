@@ -13,7 +13,7 @@ import traceback
 from typing import Any
 
 from distgrad import _codec, errors
-from distgrad.errors import DistgradError, RemoteError
+from distgrad.errors import BackwardError, DistgradError, RemoteError
 from distgrad.message import Error, code_of
 from distgrad.rpc.exposure import known_class
 
@@ -22,6 +22,7 @@ __all__ = ["describe", "rebuild"]
 _PLAIN = (str, int, float, bool, bytes, type(None))
 _ERROR = code_of(Error)
 _TOLD_APART = ("workers", "remote_traceback")  # attributes that have fields of their own
+_CAUSE = "cause"  # of a pass that failed; other causes are in the traceback alone
 
 
 def describe(error: BaseException, worker_name: str) -> Error:
@@ -50,6 +51,8 @@ def _to_wire(
         for name, value in vars(error).items()
         if not name.startswith("__") and name not in _TOLD_APART and _can_be_sent(value)
     }
+    if isinstance(error, BackwardError) and error.__cause__ and _can_be_sent(error.__cause__):
+        state[_CAUSE] = error.__cause__
     return f"{cls.__module__}:{cls.__qualname__}", _first_words(error), args, state or None
 
 
@@ -114,7 +117,11 @@ def _from_wire(described: Any) -> BaseException | None:
         return None
     if isinstance(error, DistgradError):
         vars(error).update(message=text, detail=None, hint=None)
-    for name, value in (state or {}).items():
+    state = dict(state or {})
+    if isinstance(error, BackwardError):
+        cause = state.pop(_CAUSE, None)
+        error.__cause__ = cause if isinstance(cause, BaseException) else None
+    for name, value in state.items():
         if not name.startswith("__"):
             vars(error)[name] = value
     return error
