@@ -10,10 +10,10 @@ from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
 
 cdef extern from "fenv.h" nogil:
     int FE_INVALID, FE_DIVBYZERO, FE_OVERFLOW
-    int fetestexcept(int flags)
     int feclearexcept(int flags)
 
 cdef extern from "graph/kernels.h" nogil:
+    int dg_raised(int flags)
     void dg_run_f64(int kernel, const double *a, Py_ssize_t step_a, const double *b,
                     Py_ssize_t step_b, double *out, Py_ssize_t n)
     void dg_run_f32(int kernel, const float *a, Py_ssize_t step_a, const float *b,
@@ -108,7 +108,7 @@ cdef inline object compute(Kernel kernel, cnp.ndarray like, const void *a, Py_ss
     else:
         dg_run_f32(kernel, <const float *>a, step_a, <const float *>b, step_b,
                    <float *>cnp.PyArray_DATA(out), n)
-    if fetestexcept(flags):
+    if dg_raised(flags):
         feclearexcept(flags)
         return None
     return out
@@ -192,7 +192,7 @@ cdef inline object small_sum(object array):
         (<float *>cnp.PyArray_DATA(out))[0] = dg_sum_f32(
             <const float *>cnp.PyArray_DATA(<cnp.ndarray>array),
             cnp.PyArray_SIZE(<cnp.ndarray>array))
-    if fetestexcept(flags):
+    if dg_raised(flags):
         feclearexcept(flags)
         return None
     return out

@@ -5,6 +5,7 @@
 #ifndef DISTGRAD_GRAPH_KERNELS_H
 #define DISTGRAD_GRAPH_KERNELS_H
 
+#include <fenv.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -24,6 +25,16 @@ enum dg_kernel {
     DG_EXP, DG_TANH, DG_SQRT, DG_SQUARE, DG_RELU, DG_SIGMOID,
     DG_SUM, DG_RESHAPE, DG_GETITEM  /* these have functions of their own */
 };
+
+/* Floating-point exceptions since the flags were cleared. `fetestexcept` also asks the x87 unit,
+   which no loop here uses, and so takes longer than a small loop. */
+static inline int dg_raised(int flags) {
+#ifdef __x86_64__
+    return (int)__builtin_ia32_stmxcsr() & flags;
+#else
+    return fetestexcept(flags);
+#endif
+}
 
 /* A step is 1, or 0 where one number stands for all elements. */
 #define DG_LOOP(T, result)                                                             \
