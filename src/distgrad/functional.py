@@ -55,6 +55,26 @@ def _variable(value: Any) -> Tensor:
     return plain.requires_grad_()
 
 
+def _filled(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """Return a gradient, or if there is none, zeros."""
+    return Tensor(np.zeros(like.shape, like.dtype)) if gradient is None else gradient
+
+
+def _along(
+    gradients: Sequence[Tensor],
+    tangents: Sequence[Any],
+    variables: Sequence[Tensor],
+    create_graph: bool,
+) -> tuple[Tensor, ...]:
+    """Return the derivatives of gradients along tangents, summed, by each variable."""
+    pairs = [(g, t) for g, t in zip(gradients, tangents, strict=True) if g.requires_grad]
+    found: tuple[Any, ...] = (None,) * len(variables)
+    if pairs:
+        outputs, seeds = zip(*pairs, strict=True)
+        found = grad(outputs, variables, seeds, create_graph=create_graph, allow_unused=True)
+    return tuple(map(_filled, found, variables))
+
+
 class _Call:
     """One evaluation of a function at variables of its own."""
 
@@ -89,22 +109,14 @@ class _Call:
                 create_graph=create_graph or self.nested,
                 allow_unused=True,
             )
-        return tuple(
-            Tensor(np.zeros(variable.shape, variable.dtype)) if gradient is None else gradient
-            for gradient, variable in zip(found, self.variables, strict=True)
-        )
+        return tuple(map(_filled, found, self.variables))
 
     def push(self, tangents: Sequence[Any]) -> Tensor:
         """Return the derivative along `tangents`: that of the gradient by its cotangent."""
         with enable_grad():
             seed = Tensor(np.zeros(self.value.shape, self.value.dtype), requires_grad=True)
             gradients = self.pull(seed, create_graph=True)
-        pairs = [(g, t) for g, t in zip(gradients, tangents, strict=True) if g.requires_grad]
-        if not pairs:
-            return Tensor(np.zeros(self.value.shape, self.value.dtype))
-        outputs, seeds = zip(*pairs, strict=True)
-        found = grad(outputs, seed, seeds, create_graph=self.nested, allow_unused=True)[0]
-        return Tensor(np.zeros(seed.shape, seed.dtype)) if found is None else found
+        return _along(gradients, tangents, [seed], self.nested)[0]
 
 
 def value_and_grad(
@@ -189,15 +201,7 @@ def hvp(
     """
     call = _Call(f, primals, {}, range(len(primals)))
     gradients = call.pull(create_graph=True)
-    pairs = [(g, t) for g, t in zip(gradients, tangents, strict=True) if g.requires_grad]
-    found: tuple[Any, ...] = (None,) * len(primals)
-    if pairs:
-        outputs, seeds = zip(*pairs, strict=True)
-        found = grad(outputs, call.variables, seeds, create_graph=call.nested, allow_unused=True)
-    return call.result(), tuple(
-        Tensor(np.zeros(variable.shape, variable.dtype)) if product is None else product
-        for product, variable in zip(found, call.variables, strict=True)
-    )
+    return call.result(), _along(gradients, tangents, call.variables, call.nested)
 
 
 def jacobian(f: Function, argnums: int | Sequence[int] = 0) -> Callable[..., Any]:
