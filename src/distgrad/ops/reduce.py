@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from distgrad._core import register
+from distgrad._core import Op, register
 from distgrad.ops.registry import conj, constant, defvjp, expand, implements, spread, write
 
 __all__ = ["count_along"]
@@ -56,23 +56,41 @@ CUMSUM = defvjp(
 )
 
 
-@implements(np.sum, (np.add, "reduce"))
-def sum_(
-    a: Any,
-    axis: Any = None,
-    dtype: Any = None,
-    out: Any = None,
-    keepdims: bool = False,
-    initial: Any = None,
-    where: Any = True,
-) -> Any:
-    """Sum over axes."""
-    if where is not True:
-        a = np.where(where, a, np.zeros((), a.dtype))
-    result = SUM(a, axis=axis, keepdims=keepdims, dtype=dtype)
-    if initial is not None:
-        result = result + initial
-    return write(out, result)
+def reduction(*functions: Any, op: Op, combine: Any, neutral: float) -> None:
+    """Make `functions` reduce over axes with all options of NumPy.
+
+    Parameters
+    ----------
+    op
+        The reduction without options.
+    combine
+        Joins a result and ``initial``.
+    neutral
+        Stands where ``where`` is false.
+    """
+
+    @implements(*functions)
+    def reduce(
+        a: Any,
+        axis: Any = None,
+        dtype: Any = None,
+        out: Any = None,
+        keepdims: bool = False,
+        initial: Any = None,
+        where: Any = True,
+    ) -> Any:
+        if where is not True:
+            a = np.where(where, a, np.asarray(neutral, a.dtype))
+        options = {}
+        if dtype is not None and op is SUM:  # which casts as it adds
+            options["dtype"] = dtype
+        elif dtype is not None:
+            a = a.astype(dtype)
+        result = op(a, axis=axis, keepdims=keepdims, **options)
+        return write(out, result if initial is None else combine(result, initial))
+
+
+reduction(np.sum, (np.add, "reduce"), op=SUM, combine=np.add, neutral=0)
 
 
 @implements((np.add, "accumulate"))
@@ -150,30 +168,8 @@ MAX = defvjp(highest, share_extreme, needs=("xa",), name="max")
 MIN = defvjp(lowest, share_extreme, needs=("xa",), name="min")
 
 
-def extreme(op: Any, choose: Any, worst: float) -> Any:
-    """Implement a maximum or minimum over axes with all options of NumPy."""
-
-    def implementation(
-        a: Any,
-        axis: Any = None,
-        dtype: Any = None,
-        out: Any = None,
-        keepdims: bool = False,
-        initial: Any = None,
-        where: Any = True,
-    ) -> Any:
-        if where is not True:
-            a = np.where(where, a, np.asarray(worst, a.dtype))
-        result = op(a if dtype is None else a.astype(dtype), axis=axis, keepdims=keepdims)
-        if initial is not None:
-            result = choose(result, initial)
-        return write(out, result)
-
-    return implementation
-
-
-implements((np.maximum, "reduce"))(extreme(MAX, np.maximum, -np.inf))
-implements((np.minimum, "reduce"))(extreme(MIN, np.minimum, np.inf))
+reduction((np.maximum, "reduce"), op=MAX, combine=np.maximum, neutral=-np.inf)
+reduction((np.minimum, "reduce"), op=MIN, combine=np.minimum, neutral=np.inf)
 
 
 @implements(np.max, np.amax)
@@ -211,24 +207,7 @@ def product_rule(g: Any, ans: Any, x: Any, axis: Any = None, keepdims: bool = Fa
 PROD = defvjp(product, product_rule, needs=("xa",), name="prod")
 
 
-@implements(np.prod, (np.multiply, "reduce"))
-def prod(
-    a: Any,
-    axis: Any = None,
-    dtype: Any = None,
-    out: Any = None,
-    keepdims: bool = False,
-    initial: Any = None,
-    where: Any = True,
-) -> Any:
-    """Multiply over axes."""
-    if where is not True:
-        a = np.where(where, a, np.ones((), a.dtype))
-    result = PROD(a if dtype is None else a.astype(dtype), axis=axis, keepdims=keepdims)
-    if initial is not None:
-        result = result * initial
-    return write(out, result)
-
+reduction(np.prod, (np.multiply, "reduce"), op=PROD, combine=np.multiply, neutral=1)
 
 constant(
     [
