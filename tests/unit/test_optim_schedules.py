@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from math import cos, inf, pi
 from typing import Any
 
@@ -129,6 +130,41 @@ TORCH_CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+PLATEAU_CASES: list[dict[str, Any]] = [
+    {"factor": 0.3, "patience": 2, "cooldown": 1, "threshold": 0.05},
+    {"mode": "max", "patience": 1, "threshold_mode": "abs", "threshold": 0.3},
+    {"mode": "max", "patience": 0, "min_lr": [0.01, 0.2], "eps": 1e-3},
+    {"threshold_mode": "abs", "patience": 3, "min_lr": 0.05},
+]
+
+
+def options(cls: Any) -> dict[str, Any]:
+    """Return the options of a scheduler and their defaults."""
+    found = dict(inspect.signature(cls).parameters)
+    del found["optimizer"]
+    return {name: option.default for name, option in found.items()}
+
+
+SCHEDULERS = [name for name in lr_scheduler.__all__ if name != "LRScheduler"]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_option_of_every_schedule_is_compared(name: str) -> None:
+    defaults = options(getattr(lr_scheduler, name))
+    cases = [given for case, given in TORCH_CASES if case == name]
+    cases += PLATEAU_CASES if name == "ReduceLROnPlateau" else []
+    compared = {k for given in cases for k, v in given.items() if v != defaults[k]}
+    # To go on later has a test of its own.
+    assert compared | {"last_epoch"} == defaults.keys() | {"last_epoch"}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedule_options_are_those_of_torch(name: str) -> None:
+    torch = pytest.importorskip("torch", reason="compares with torch, which is not installed")
+    expected = options(getattr(torch.optim.lr_scheduler, name))
+    assert options(getattr(lr_scheduler, name)) == expected
+
+
 def optimizer_pair(torch: Any, kind: str = "Adam", **settings: Any) -> tuple[Any, Any]:
     """Return an own optimizer and one of torch, with two groups."""
     own = optimizer({"Adam": Adam, "SGD": SGD}[kind], **settings)
@@ -206,15 +242,7 @@ def test_schedule_that_goes_on_from_nothing_is_refused() -> None:
         StepLR(optimizer(), 2, last_epoch=3)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"factor": 0.3, "patience": 2, "cooldown": 1, "threshold": 0.05},
-        {"mode": "max", "patience": 1, "threshold_mode": "abs", "threshold": 0.3},
-        {"mode": "max", "patience": 0, "min_lr": [0.01, 0.2], "eps": 1e-3},
-        {"threshold_mode": "abs", "patience": 3, "min_lr": 0.05},
-    ],
-)
+@pytest.mark.parametrize("settings", PLATEAU_CASES)
 def test_plateau_equals_torch(settings: dict[str, Any]) -> None:
     torch = pytest.importorskip("torch", reason="compares with torch, which is not installed")
     own, twin = optimizer_pair(torch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tracemalloc
 from collections.abc import Callable, Iterator
 from math import sqrt
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from distgrad import optim
 from distgrad._core import Tensor
 from distgrad.errors import GraphError
 from distgrad.optim import (
@@ -36,11 +38,10 @@ def sgd(
     dampening: float = 0.0,
     weight_decay: float = 0.0,
     nesterov: bool = False,
-    maximize: bool = False,
 ) -> Iterator[float]:
     v = 0.0
     for t, g in enumerate(gradients):
-        g = (-g if maximize else g) + weight_decay * p
+        g += weight_decay * p
         v = g if t == 0 else momentum * v + (1 - dampening) * g
         if momentum:
             g = g + momentum * v if nesterov else v
@@ -56,13 +57,11 @@ def adam(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     amsgrad: bool = False,
-    maximize: bool = False,
-    decoupled: bool = False,
+    decoupled_weight_decay: bool = False,
 ) -> Iterator[float]:
     m = s = largest = 0.0
     for t, g in enumerate(gradients, start=1):
-        g = -g if maximize else g
-        if decoupled:
+        if decoupled_weight_decay:
             p -= lr * weight_decay * p
         else:
             g += weight_decay * p
@@ -75,7 +74,7 @@ def adam(
 
 
 def adamw(p: float, gradients: list[float], lr: float, **settings: Any) -> Iterator[float]:
-    return adam(p, gradients, lr, **{"weight_decay": 0.01, **settings}, decoupled=True)
+    return adam(p, gradients, lr, **{"weight_decay": 0.01, **settings}, decoupled_weight_decay=True)
 
 
 def adagrad(
@@ -140,11 +139,10 @@ def adamax(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    maximize: bool = False,
 ) -> Iterator[float]:
     m = u = 0.0
     for t, g in enumerate(gradients, start=1):
-        g = (-g if maximize else g) + weight_decay * p
+        g += weight_decay * p
         m = betas[0] * m + (1 - betas[0]) * g
         u = max(betas[1] * u, abs(g) + eps)
         p -= lr / (1 - betas[0] ** t) * m / u
@@ -180,7 +178,9 @@ CASES: list[tuple[type[Optimizer], Rule, dict[str, Any]]] = [
     (Adam, adam, {"lr": 0.05, "betas": (0.5, 0.8), "eps": 1e-3, "weight_decay": 0.1}),
     (Adam, adam, {"lr": 0.05, "betas": (0.9, 0.5), "amsgrad": True}),
     (Adam, adam, {"lr": 0.05, "maximize": True}),
+    (Adam, adam, {"lr": 0.05, "weight_decay": 0.2, "decoupled_weight_decay": True}),
     (AdamW, adamw, {"lr": 0.05}),
+    (AdamW, adamw, {"lr": 0.05, "betas": (0.5, 0.8), "eps": 1e-3, "maximize": True}),
     (AdamW, adamw, {"lr": 0.05, "weight_decay": 0.3, "amsgrad": True}),
     (Adagrad, adagrad, {"lr": 0.1}),
     (
@@ -188,16 +188,42 @@ CASES: list[tuple[type[Optimizer], Rule, dict[str, Any]]] = [
         adagrad,
         {"lr": 0.1, "lr_decay": 0.5, "weight_decay": 0.2, "initial_accumulator_value": 0.3},
     ),
+    (Adagrad, adagrad, {"lr": 0.1, "eps": 1e-2, "maximize": True}),
     (RMSprop, rmsprop, {"lr": 0.01}),
+    (RMSprop, rmsprop, {"lr": 0.05, "eps": 1e-2, "maximize": True}),
     (RMSprop, rmsprop, {"lr": 0.01, "alpha": 0.5, "momentum": 0.9, "weight_decay": 0.1}),
-    (RMSprop, rmsprop, {"lr": 0.01, "alpha": 0.5, "centered": True}),
+    (RMSprop, rmsprop, {"lr": 0.05, "alpha": 0.5, "centered": True}),
     (Adadelta, adadelta, {"lr": 1.0}),
     (Adadelta, adadelta, {"lr": 0.5, "rho": 0.5, "eps": 1e-3, "weight_decay": 0.1}),
+    (Adadelta, adadelta, {"lr": 0.5, "maximize": True}),
     (Adamax, adamax, {"lr": 0.05}),
+    (Adamax, adamax, {"lr": 0.05, "eps": 1e-2}),
     (Adamax, adamax, {"lr": 0.05, "betas": (0.5, 0.6), "weight_decay": 0.1, "maximize": True}),
     (Rprop, rprop, {"lr": 0.1}),
     (Rprop, rprop, {"lr": 0.1, "etas": (0.3, 3.0), "step_sizes": (0.05, 0.25)}),
+    (Rprop, rprop, {"lr": 0.1, "maximize": True}),
 ]
+
+#: Options of torch that choose how it computes, not what.
+HOW = {"foreach", "fused", "capturable", "differentiable"}
+
+
+def options(cls: Any) -> dict[str, Any]:
+    """Return the options of an optimizer and their defaults."""
+    found = dict(inspect.signature(cls).parameters)
+    del found["params"]
+    return {name: option.default for name, option in found.items()}
+
+
+@pytest.mark.parametrize("name", [name for name in optim.__all__ if name[0].isupper()])
+def test_every_option_of_every_optimizer_is_compared(name: str) -> None:
+    cls = getattr(optim, name)
+    if cls in (Optimizer, optim.DistributedOptimizer):
+        return
+    defaults = options(cls)
+    cases = [settings for kind, _, settings in CASES if kind is cls]
+    compared = {k for settings in cases for k, v in settings.items() if v != defaults[k]}
+    assert compared == defaults.keys()
 
 
 def name_of(value: Any) -> str:
@@ -220,8 +246,10 @@ def test_step_follows_the_formula(
 ) -> None:
     param, gradients = random_case(shape)
     memory = param.data
+    given_to_rule = {k: v for k, v in settings.items() if k != "maximize"}
+    sign = -1.0 if settings.get("maximize") else 1.0
     paths = [
-        list(rule(p, [float(g.reshape(-1)[i]) for g in gradients], **settings))
+        list(rule(p, [sign * float(g.reshape(-1)[i]) for g in gradients], **given_to_rule))
         for i, p in enumerate(param.data.reshape(-1).tolist())
     ]
     optimizer = cls([param], **settings)
@@ -302,6 +330,13 @@ def test_step_own_formula_is_not_replaced_by_a_kernel() -> None:
     param = Tensor(np.ones(2), requires_grad=True)
     Backwards([param], lr=0.5).step({param: Tensor(np.ones(2))})
     np.testing.assert_array_equal(param.data, [1.5, 1.5])
+
+
+@pytest.mark.parametrize("cls", list(dict.fromkeys(cls for cls, _, _ in CASES)))
+def test_options_are_those_of_torch(cls: type[Optimizer]) -> None:
+    torch = pytest.importorskip("torch", reason="compares with torch, which is not installed")
+    expected = options(getattr(torch.optim, cls.__name__))
+    assert options(cls) == {name: v for name, v in expected.items() if name not in HOW}
 
 
 @pytest.mark.parametrize(("cls", "rule", "settings"), CASES, ids=name_of)

@@ -409,13 +409,13 @@ def sgd(dict group not None):
     return update
 
 
-def adam(dict group not None, bint decoupled):
+def adam(dict group not None):
     """Return the update of `distgrad.optim.Adam`, or of `AdamW`."""
     names = ("mean", "square", "largest_square") if group["amsgrad"] else ("mean", "square")
     cdef Update update = new_update(dg_adam_f64, dg_adam_f32, names, group)
     take_betas(update, group)
     update.rates.rest = 1.0
-    if decoupled:
+    if group["decoupled_weight_decay"]:
         if group["weight_decay"]:
             update.rates.rest = 1 - group["lr"] * group["weight_decay"]
         update.rates.decay = 0.0

@@ -42,10 +42,10 @@ class Adam(Optimizer):
         Let step sizes never grow again.
     maximize
         Ascend instead.
+    decoupled_weight_decay
+        Let the weights shrink by ``lr * weight_decay`` before each step, and leave the gradient as
+        it is, as `AdamW` does.
     """
-
-    #: Decay the weights themselves instead of adding a penalty to the gradient.
-    decoupled = False
 
     def __init__(
         self,
@@ -57,6 +57,7 @@ class Adam(Optimizer):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        decoupled_weight_decay: bool = False,
     ) -> None:
         check_at_least(0, lr=lr, eps=eps, weight_decay=weight_decay)
         for beta in betas:
@@ -71,11 +72,12 @@ class Adam(Optimizer):
                 "weight_decay": weight_decay,
                 "amsgrad": amsgrad,
                 "maximize": maximize,
+                "decoupled_weight_decay": decoupled_weight_decay,
             },
         )
 
     def _fused(self, group: dict[str, Any]) -> _updates.Update:
-        return _updates.adam(group, self.decoupled)
+        return _updates.adam(group)
 
     def _update(
         self, data: Array, gradient: Array, state: dict[str, Any], group: dict[str, Any]
@@ -83,7 +85,7 @@ class Adam(Optimizer):
         data, gradient = as_real(data), as_real(gradient)
         gradient = -gradient if group["maximize"] else gradient
         if group["weight_decay"]:
-            if self.decoupled:
+            if group["decoupled_weight_decay"]:
                 data *= 1 - group["lr"] * group["weight_decay"]
             else:
                 gradient = gradient + group["weight_decay"] * data
@@ -98,8 +100,6 @@ class AdamW(Adam):
     as it is. The parameters are those of `Adam`; ``weight_decay`` is 0.01 by default.
     """
 
-    decoupled = True
-
     def __init__(
         self,
         params: Parameters,
@@ -111,7 +111,16 @@ class AdamW(Adam):
         *,
         maximize: bool = False,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            decoupled_weight_decay=True,
+        )
 
 
 def _accumulate(data: Array, state: dict[str, Any], gradient: Array, group: dict[str, Any]) -> None:
