@@ -259,6 +259,30 @@ def test_step_many_hogwild_workers_at_once_lose_nothing_that_is_separate(world: 
         np.testing.assert_array_equal(weights[1, f"w{rank}"].data, [8.0] * 3)
 
 
+def test_step_of_what_cannot_be_is_refused(world: World) -> None:
+    def body() -> None:
+        weight = rpc.rpc_sync(1, make_weight, ("w", [1.0]))
+        optimizer = DistributedOptimizer(SGD, [weight])
+        with pytest.raises(TypeError, match="'x' is no id of one"):
+            optimizer.step("x")  # type: ignore[arg-type]
+        with pytest.raises(ContextError, match="context 99"):
+            optimizer.clip_grad_norm_(99, 1.0)
+        with dist_autograd.context() as context_id:
+            with pytest.raises(ValueError, match="max_norm=-1"):
+                optimizer.clip_grad_norm_(context_id, -1)
+            optimizer.param_groups.clear()
+            with pytest.raises(ValueError, match="has 0 groups, it had 1"):
+                optimizer.step(context_id)
+        with pytest.raises(ValueError, match="it is of <class 'int'>"):
+            optimizer.load_state_dict(3)  # type: ignore[arg-type]
+        foreign = DistributedOptimizer(Adam, [weight]).state_dict()
+        with pytest.raises(DistgradError, match=r"on worker 'worker1': .*it is not of SGD"):
+            optimizer.load_state_dict(foreign)
+
+    on(world, 0, body)
+    assert [steps_at(world, rank) for rank in range(4)] == [0] * 4
+
+
 def test_step_outside_of_a_context_is_refused(world: World) -> None:
     def body() -> None:
         optimizer = DistributedOptimizer(SGD, [rpc.rpc_sync(1, make_weight, ("w", [1.0]))])
@@ -344,6 +368,14 @@ def test_constructor_names_the_owner_that_fails(world: World) -> None:
             DistributedOptimizer(SGD, [rpc.remote(2, make_number)])
         with pytest.raises(ValueError, match="there are no parameters"):
             DistributedOptimizer(SGD, [])
+        with pytest.raises(DistgradError, match=r"on worker 'worker1': .*tensor twice"):
+            DistributedOptimizer(SGD, [weight, rpc.rpc_sync(1, get_weight, ("w",))])
+        with pytest.raises(DistgradError, match=r"on worker 'worker1': .*lr=-1"):
+            DistributedOptimizer(SGD, [{"params": weight, "lr": -1}])
+        with pytest.raises(TypeError, match="group 1: expected a dict with 'params'"):
+            DistributedOptimizer(SGD, [{"params": [weight]}, weight])
+        with pytest.raises(TypeError, match="pass a list of RRefs or of groups"):
+            DistributedOptimizer(SGD, weight)
         with pytest.raises(TypeError, match="parameters are RRefs"):
             DistributedOptimizer(SGD, [Tensor(np.ones(1), requires_grad=True)])  # type: ignore[list-item]
 

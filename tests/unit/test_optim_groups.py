@@ -261,3 +261,92 @@ def test_repr_shows_the_settings() -> None:
     text = repr(SGD([leaf(1.0)], lr=0.5))
     assert text.startswith("SGD(lr=0.5, momentum=0.0")
     assert text.endswith("1 parameters)")
+
+
+@pytest.mark.parametrize("cls", KINDS)
+@pytest.mark.parametrize(
+    ("setting", "error", "fact"),
+    [
+        (-1.0, ValueError, "lr=-1.0: it must be at least 0"),
+        (float("nan"), ValueError, "lr=nan"),
+        ("x", TypeError, "lr='x': expected a number"),
+        (None, TypeError, "lr=None: expected a number"),
+        (np.ones(2), TypeError, "expected a number"),
+    ],
+)
+def test_setting_that_makes_no_sense_is_refused_also_in_a_group(
+    cls: Any, setting: Any, error: type[Exception], fact: str
+) -> None:
+    with pytest.raises(error, match=fact):
+        cls([leaf(1.0)], lr=setting)
+    with pytest.raises(error, match=fact):
+        cls([{"params": [leaf(1.0)], "lr": setting}])
+    optimizer = cls([leaf(1.0)])
+    with pytest.raises(error, match=fact):
+        optimizer.add_param_group({"params": [leaf(1.0)], "lr": setting})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "fact"),
+    [
+        (Adam, {"betas": (0.9,)}, "there are two"),
+        (Adamax, {"betas": 0.9}, "there are two"),
+        (AdamW, {"betas": (0.9, "x")}, "each must be in"),
+        (Adam, {"eps": -1.0}, "eps=-1.0"),
+        (Rprop, {"etas": (0.5, 1.2, 2.0)}, "0 < shrink < 1 < grow"),
+        (Rprop, {"etas": 3}, "0 < shrink < 1 < grow"),
+        (Rprop, {"step_sizes": (1.0, 0.1)}, "0 < smallest <= largest"),
+        (Adadelta, {"rho": 1.5}, "rho=1.5"),
+        (Adagrad, {"initial_accumulator_value": -1.0}, "initial_accumulator_value=-1.0"),
+        (RMSprop, {"momentum": -1.0}, "momentum=-1.0"),
+    ],
+)
+def test_setting_of_one_optimizer_that_makes_no_sense_is_refused(
+    cls: Any, settings: dict[str, Any], fact: str
+) -> None:
+    with pytest.raises(ValueError, match=fact):
+        cls([leaf(1.0)], **settings)
+
+
+def test_groups_that_are_none_are_refused() -> None:
+    param: Any = leaf(1.0)
+    with pytest.raises(TypeError, match="group 1: expected a dict with 'params'"):
+        SGD([{"params": [param]}, leaf(2.0)])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="group 0: expected a dict with 'params'"):
+        SGD([{"lr": 1.0}])
+    with pytest.raises(TypeError, match="pass a list"):
+        SGD(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected a dict from parameters to gradients"):
+        SGD([param]).step([param])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "fact"),
+    [
+        (lambda state: 3, TypeError, "expected what state_dict"),
+        (lambda state: {}, TypeError, "expected what state_dict"),
+        (
+            lambda state: Adagrad([leaf(1.0, 2.0)]).state_dict(),
+            ValueError,
+            "group 0 has no amsgrad, betas, decoupled_weight_decay; it is not of Adam",
+        ),
+        (lambda state: state | {"state": {-1: {}}}, ValueError, "no parameter -1"),
+        (lambda state: state | {"state": {"x": {}}}, ValueError, "no parameter 'x'"),
+        (
+            lambda state: state | {"state": {0: {"step": 1, "mean": np.ones(3)}}},
+            ValueError,
+            r"mean of parameter 0 has shape \(3,\), the parameter \(2,\)",
+        ),
+    ],
+)
+def test_state_dict_of_something_else_is_refused_and_changes_nothing(
+    change: Any, error: type[Exception], fact: str
+) -> None:
+    param = leaf(1.0, 2.0)
+    optimizer = Adam([param], lr=0.1)
+    optimizer.step(ones(param))
+    before = optimizer.state_dict()
+    with pytest.raises(error, match=fact):
+        optimizer.load_state_dict(change(optimizer.state_dict()))
+    np.testing.assert_equal(optimizer.state_dict(), before)

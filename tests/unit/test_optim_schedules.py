@@ -292,3 +292,28 @@ def test_clip_takes_given_gradients_and_leaves_what_is_not_finite() -> None:
     assert clip_grad_norm_(a, 1.0, gradients=gradients) == inf
     np.testing.assert_array_equal(gradients[a].data, [np.inf, 4.0])
     assert clip_grad_norm_([], 1.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "fact"),
+    [
+        (lambda o: StepLR(o, 0), ValueError, "step_size=0: it must be at least 1"),
+        (lambda o: CosineAnnealingLR(o, 0), ValueError, "T_max=0: it must be at least 1"),
+        (lambda o: StepLR(3, 1), TypeError, "cannot schedule int"),  # type: ignore[arg-type]
+        (lambda o: ReduceLROnPlateau(3), TypeError, "cannot schedule int"),  # type: ignore[arg-type]
+        (lambda o: StepLR(o, 1).load_state_dict({}), ValueError, "a dict with last_epoch"),
+        (
+            lambda o: ReduceLROnPlateau(o).load_state_dict(StepLR(o, 1).state_dict()),
+            ValueError,
+            "a dict with best, num_bad_epochs, cooldown_counter",
+        ),
+        (lambda o: clip_grad_norm_([], -1.0), ValueError, "max_norm=-1.0"),
+        (lambda o: clip_grad_norm_([], inf, "x"), TypeError, "norm_type='x'"),  # type: ignore[arg-type]
+        (lambda o: clip_grad_norm_([3], 1.0), TypeError, "gradients of int"),  # type: ignore[list-item]
+    ],
+)
+def test_schedule_or_bound_that_makes_no_sense_is_refused(
+    make: Any, error: type[Exception], fact: str
+) -> None:
+    with pytest.raises(error, match=fact):
+        make(optimizer())

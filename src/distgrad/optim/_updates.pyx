@@ -202,6 +202,11 @@ def gather(params, gradients, Py_ssize_t number, bint in_place):
     """
     cdef TensorBase param
     cdef list found = [], arrays = []
+    if gradients is not None and not hasattr(gradients, "get"):
+        raise TypeError(
+            f"cannot step with {type(gradients).__name__}: expected a dict from parameters to "
+            "gradients, or None for .grad"
+        )
     for param in params:
         gradient = gradient_of(param, gradients)
         if gradient is not None:

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 
 from distgrad.optim import _updates
-from distgrad.optim.optimizer import Array, Optimizer, Parameters, as_real, check_at_least, zeros
+from distgrad.optim.optimizer import (
+    Array,
+    Optimizer,
+    Parameters,
+    as_real,
+    check_at_least,
+    check_betas,
+    zeros,
+)
 
 __all__ = ["Adam", "AdamW"]
 
@@ -59,15 +67,11 @@ class Adam(Optimizer):
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
     ) -> None:
-        check_at_least(0, lr=lr, eps=eps, weight_decay=weight_decay)
-        for beta in betas:
-            if not 0 <= beta < 1:
-                raise ValueError(f"cannot use betas={betas!r}: each must be in [0, 1)")
         super().__init__(
             params,
             {
                 "lr": lr,
-                "betas": tuple(betas),
+                "betas": betas,
                 "eps": eps,
                 "weight_decay": weight_decay,
                 "amsgrad": amsgrad,
@@ -75,6 +79,10 @@ class Adam(Optimizer):
                 "decoupled_weight_decay": decoupled_weight_decay,
             },
         )
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        check_at_least(0, **{name: settings[name] for name in ("lr", "eps", "weight_decay")})
+        check_betas(settings["betas"])
 
     def _fused(self, group: dict[str, Any]) -> _updates.Update:
         return _updates.adam(group)

@@ -10,13 +10,28 @@ from typing import Any
 import numpy as np
 
 from distgrad.optim import _updates
-from distgrad.optim.optimizer import Array, Optimizer, Parameters, as_real, check_at_least, zeros
+from distgrad.optim.optimizer import (
+    Array,
+    Optimizer,
+    Parameters,
+    as_real,
+    check_at_least,
+    check_betas,
+    check_pair,
+    zeros,
+)
 
 __all__ = ["Adadelta", "Adagrad", "Adamax", "RMSprop", "Rprop"]
 
 
 class _Adaptive(Optimizer):
     """Prepares the gradient as all these optimizers want it."""
+
+    #: Settings that must not be negative.
+    _not_negative: tuple[str, ...] = ("lr",)
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        check_at_least(0, **{name: settings[name] for name in self._not_negative})
 
     def _update(
         self, data: Array, gradient: Array, state: dict[str, Any], group: dict[str, Any]
@@ -67,6 +82,8 @@ class Adagrad(_Adaptive):
         Ascend instead.
     """
 
+    _not_negative = ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps")
+
     def __init__(
         self,
         params: Parameters,
@@ -85,7 +102,6 @@ class Adagrad(_Adaptive):
             "initial_accumulator_value": initial_accumulator_value,
             "eps": eps,
         }
-        check_at_least(0, **settings)
         super().__init__(params, {**settings, "maximize": maximize})
 
     def _fused(self, group: dict[str, Any]) -> _updates.Update:
@@ -133,6 +149,8 @@ class RMSprop(_Adaptive):
         Ascend instead.
     """
 
+    _not_negative = ("lr", "alpha", "eps", "weight_decay", "momentum")
+
     def __init__(
         self,
         params: Parameters,
@@ -152,7 +170,6 @@ class RMSprop(_Adaptive):
             "weight_decay": weight_decay,
             "momentum": momentum,
         }
-        check_at_least(0, **settings)
         super().__init__(params, {**settings, "centered": centered, "maximize": maximize})
 
     def _fused(self, group: dict[str, Any]) -> _updates.Update:
@@ -202,6 +219,8 @@ class Adadelta(_Adaptive):
         Ascend instead.
     """
 
+    _not_negative = ("lr", "rho", "eps", "weight_decay")
+
     def __init__(
         self,
         params: Parameters,
@@ -213,10 +232,12 @@ class Adadelta(_Adaptive):
         maximize: bool = False,
     ) -> None:
         settings: dict[str, Any] = {"lr": lr, "rho": rho, "eps": eps, "weight_decay": weight_decay}
-        check_at_least(0, **settings)
-        if rho > 1:
-            raise ValueError(f"cannot use rho={rho!r}: it must be in [0, 1]")
         super().__init__(params, {**settings, "maximize": maximize})
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        super()._check(settings)
+        if settings["rho"] > 1:
+            raise ValueError(f"cannot use rho={settings['rho']!r}: it must be in [0, 1]")
 
     def _fused(self, group: dict[str, Any]) -> _updates.Update:
         return _updates.adadelta(group)
@@ -258,6 +279,8 @@ class Adamax(_Adaptive):
         Ascend instead.
     """
 
+    _not_negative = ("lr", "eps", "weight_decay")
+
     def __init__(
         self,
         params: Parameters,
@@ -268,11 +291,12 @@ class Adamax(_Adaptive):
         *,
         maximize: bool = False,
     ) -> None:
-        check_at_least(0, lr=lr, eps=eps, weight_decay=weight_decay)
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"cannot use betas={betas!r}: each must be in [0, 1)")
-        settings = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**settings, "maximize": maximize})
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        super()._check(settings)
+        check_betas(settings["betas"])
 
     def _fused(self, group: dict[str, Any]) -> _updates.Update:
         return _updates.adamax(group)
@@ -316,11 +340,15 @@ class Rprop(_Adaptive):
         *,
         maximize: bool = False,
     ) -> None:
-        check_at_least(0, lr=lr)
-        if not 0 < etas[0] < 1 < etas[1]:
-            raise ValueError(f"cannot use etas={etas!r}: expected 0 < shrink < 1 < grow")
-        settings = {"lr": lr, "etas": tuple(etas), "step_sizes": tuple(step_sizes)}
+        settings = {"lr": lr, "etas": etas, "step_sizes": step_sizes}
         super().__init__(params, {**settings, "maximize": maximize})
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        super()._check(settings)
+        expected = "expected 0 < shrink < 1 < grow"
+        check_pair("etas", settings["etas"], lambda a, b: 0 < a < 1 < b, expected)
+        expected = "expected 0 < smallest <= largest"
+        check_pair("step_sizes", settings["step_sizes"], lambda a, b: 0 < a <= b, expected)
 
     def _fused(self, group: dict[str, Any]) -> _updates.Update:
         return _updates.rprop(group)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from distgrad._core import Tensor
-from distgrad.optim.optimizer import Array
+from distgrad.optim.optimizer import Array, check_at_least
 
 __all__ = ["clip_grad_norm_"]
 
@@ -37,7 +37,11 @@ def clip_grad_norm_(
     float
         The norm before. If it is not finite, the gradients stay as they are.
     """
+    check_at_least(0, max_norm=max_norm, norm_type=norm_type)
     chosen = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    for parameter in chosen:
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"cannot clip gradients of {type(parameter).__name__}: it is no tensor")
     found = [p.grad if gradients is None else gradients.get(p) for p in chosen]
     arrays: list[Array] = [gradient.data for gradient in found if gradient is not None]
     norms = [np.linalg.norm(array.reshape(-1), norm_type) for array in arrays]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import inf, sqrt
+from operator import index
 from typing import Any
 
 from distgrad import autograd
 from distgrad.errors import DistgradError
 from distgrad.message import StepPrepare
-from distgrad.optim.optimizer import Optimizer
+from distgrad.optim.optimizer import Optimizer, check_at_least, check_groups
 from distgrad.optim.part import OptimizerPart
 from distgrad.optim.steps import HOGWILD, TRY, WAIT, StepTable
 from distgrad.rpc import UNSET_RPC_TIMEOUT, Future, current_worker, remote
@@ -72,6 +73,7 @@ class DistributedOptimizer:
         self._stepping = threading.Lock()  # one step at a time
         self._hogwild = hogwild
         owners = sorted({rref.owner() for group in groups for rref in group["params"]}, key=_id)
+        self._num_groups = len(groups)
         self._owners = {owner.name: owner.id for owner in owners}
         others = [owner.id for owner in owners if owner.id != self._worker.id]
         self._line = (self._worker.id, *others)
@@ -108,12 +110,12 @@ class DistributedOptimizer:
             If an owner failed or is lost; names it, and its cause is the original exception.
             No parameter was changed anywhere, unless ``hogwild`` was asked for.
         """
-        autograd.retrieve_context(context_id)
+        number = _context(context_id)
         with self._stepping:
             if self._hogwild:
-                self._step_at_once(int(context_id))
-            elif len(self._owners) == 1 or not self._attempt(int(context_id), TRY):
-                self._attempt(int(context_id), WAIT)
+                self._step_at_once(number)
+            elif len(self._owners) == 1 or not self._attempt(number, TRY):
+                self._attempt(number, WAIT)
 
     def wait(self) -> None:
         """Wait until every owner has applied the steps that were made so far.
@@ -132,11 +134,18 @@ class DistributedOptimizer:
         -------
         float
             The Euclidean norm before. If it is not finite, the gradients stay as they are.
+
+        Raises
+        ------
+        ContextError
+            If this worker does not know the context, or it is finished.
         """
-        squares = self._ask_all("clip", "square_of_gradients", int(context_id))
+        check_at_least(0, max_norm=max_norm)
+        number = _context(context_id)
+        squares = self._ask_all("clip", "square_of_gradients", number)
         norm = sqrt(sum(squares.values()))
         if max_norm < norm < inf:
-            self._ask_all("clip", "scale_gradients", int(context_id), max_norm / norm)
+            self._ask_all("clip", "scale_gradients", number, max_norm / norm)
         return norm
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,9 +160,10 @@ class DistributedOptimizer:
         ValueError
             If the owners differ.
         """
-        if state_dict.keys() != self._parts.keys():
+        if not isinstance(state_dict, dict) or state_dict.keys() != self._parts.keys():
+            found = sorted(state_dict) if isinstance(state_dict, dict) else type(state_dict)
             raise ValueError(
-                f"cannot load the state of a distributed optimizer: it is of {sorted(state_dict)}, "
+                f"cannot load the state of a distributed optimizer: it is of {found}, "
                 f"the parameters here live on {sorted(self._parts)}"
             )
         answers = {o: self._ask(o, "load_state_dict", s) for o, s in state_dict.items()}
@@ -209,6 +219,11 @@ class DistributedOptimizer:
         settings = tuple(
             {k: v for k, v in group.items() if k != "params"} for group in self.param_groups
         )
+        if len(settings) != self._num_groups:
+            raise ValueError(
+                f"cannot step: param_groups has {len(settings)} groups, "
+                f"it had {self._num_groups} when the optimizer was made"
+            )
         timeout = allowed_timeout(self._worker, UNSET_RPC_TIMEOUT, "a step")
         body = StepPrepare(step, self._number, self._line, context_id, settings, mode)
 
@@ -266,11 +281,15 @@ def _gather(purpose: str, answers: dict[str, Future]) -> dict[str, Any]:
 
 
 def _as_groups(params: Sequence[RRef] | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    if not isinstance(params, Iterable):
+        raise TypeError(
+            f"cannot optimize {type(params).__name__}: pass a list of RRefs or of groups"
+        )
     entries = list(params)
-    groups: list[Any] = (
-        entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
-    )
-    groups = [{**group, "params": list(group["params"])} for group in groups]
+    groups: list[Any] = [{"params": entries}]
+    if entries and isinstance(entries[0], dict):
+        check_groups(entries)
+        groups = [{**group, "params": _as_list(group["params"])} for group in entries]
     rrefs = [rref for group in groups for rref in group["params"]]
     for rref in rrefs:
         if not isinstance(rref, RRef):
@@ -278,6 +297,22 @@ def _as_groups(params: Sequence[RRef] | Sequence[dict[str, Any]]) -> list[dict[s
     if not rrefs:
         raise ValueError("cannot make a distributed optimizer: there are no parameters")
     return groups
+
+
+def _as_list(params: Any) -> list[Any]:
+    return list(params) if isinstance(params, Iterable) else [params]
+
+
+def _context(context_id: int) -> int:
+    """Return the number of a context that this worker knows."""
+    try:
+        number = index(context_id)
+    except TypeError:
+        raise TypeError(
+            f"cannot find an autograd context: {context_id!r} is no id of one"
+        ) from None
+    autograd.retrieve_context(number)
+    return number
 
 
 def _only(groups: list[dict[str, Any]], owner: int) -> list[dict[str, Any]]:

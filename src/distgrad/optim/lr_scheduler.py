@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from math import cos, inf, pi
 from typing import Any, Protocol
 
+from distgrad.optim.optimizer import check_at_least
+
 __all__ = [
     "CosineAnnealingLR",
     "LRScheduler",
@@ -47,6 +49,8 @@ class LRScheduler(ABC):
     """
 
     def __init__(self, optimizer: HasGroups, last_epoch: int = -1) -> None:
+        if not hasattr(optimizer, "param_groups"):
+            raise TypeError(f"cannot schedule {type(optimizer).__name__}: it has no param_groups")
         self.optimizer = optimizer
         self.last_epoch = last_epoch + 1
         for number, group in enumerate(optimizer.param_groups):
@@ -81,7 +85,15 @@ class LRScheduler(ABC):
         return {"last_epoch": self.last_epoch, "base_lrs": list(self.base_lrs)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where another scheduler stood, with the optimizer's state as it was then."""
+        """Go on where another scheduler stood, with the optimizer's state as it was then.
+
+        Raises
+        ------
+        ValueError
+            If it was of another kind.
+        """
+        if not isinstance(state_dict, dict) or state_dict.keys() != self.state_dict().keys():
+            raise _foreign_state(self)
         self.last_epoch = state_dict["last_epoch"]
         self.base_lrs = list(state_dict["base_lrs"])
 
@@ -127,6 +139,7 @@ class StepLR(LRScheduler):
     def __init__(
         self, optimizer: HasGroups, step_size: int, gamma: float = 0.1, last_epoch: int = -1
     ) -> None:
+        check_at_least(1, step_size=step_size)
         self.step_size, self.gamma = step_size, gamma
         super().__init__(optimizer, last_epoch)
 
@@ -141,6 +154,7 @@ class CosineAnnealingLR(LRScheduler):
     def __init__(
         self, optimizer: HasGroups, T_max: int, eta_min: float = 0.0, last_epoch: int = -1
     ) -> None:
+        check_at_least(1, T_max=T_max)
         self.T_max, self.eta_min = T_max, eta_min
         super().__init__(optimizer, last_epoch)
 
@@ -292,6 +306,8 @@ class ReduceLROnPlateau:
             raise ValueError(f"cannot use factor={factor!r}: it must be in [0, 1)")
         if mode not in ("min", "max") or threshold_mode not in ("rel", "abs"):
             raise ValueError(f"cannot use mode={mode!r} with threshold_mode={threshold_mode!r}")
+        if not hasattr(optimizer, "param_groups"):
+            raise TypeError(f"cannot schedule {type(optimizer).__name__}: it has no param_groups")
         self.optimizer = optimizer
         self.factor, self.patience, self.cooldown = factor, patience, cooldown
         self.min_lrs, self.eps = _each(min_lr, len(optimizer.param_groups)), eps
@@ -325,7 +341,15 @@ class ReduceLROnPlateau:
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where another scheduler stood."""
+        """Go on where another scheduler stood.
+
+        Raises
+        ------
+        ValueError
+            If it was of another kind.
+        """
+        if not isinstance(state_dict, dict) or state_dict.keys() != self.state_dict().keys():
+            raise _foreign_state(self)
         for name, value in state_dict.items():
             setattr(self, name, value)
 
@@ -340,6 +364,13 @@ class ReduceLROnPlateau:
             lowered = max(group["lr"] * self.factor, least)
             if group["lr"] - lowered > self.eps:
                 group["lr"] = lowered
+
+
+def _foreign_state(scheduler: Any) -> ValueError:
+    return ValueError(
+        f"cannot load the state of a {type(scheduler).__name__}: expected a dict with "
+        f"{', '.join(scheduler.state_dict())}"
+    )
 
 
 def _cosine(start: float, end: float, part: float) -> float:

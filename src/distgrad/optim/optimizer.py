@@ -9,7 +9,7 @@ formulas of this package are compiled, each as one pass over the memory (`_updat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -36,6 +36,9 @@ __all__ = [
     "Work",
     "as_real",
     "check_at_least",
+    "check_betas",
+    "check_groups",
+    "check_pair",
     "zeros",
 ]
 
@@ -91,6 +94,10 @@ class Optimizer(ABC):
         """Return the compiled form of `_update` with the settings of a group, if there is one."""
         return None
 
+    def _check(self, settings: dict[str, Any]) -> None:
+        """Raise ValueError or TypeError if a new group has settings that make no sense."""
+        return
+
     @abstractmethod
     def _update(
         self, data: Array, gradient: Array, state: dict[str, Any], group: dict[str, Any]
@@ -119,6 +126,7 @@ class Optimizer(ABC):
         """
         params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
         group = {**self.defaults, **group, "params": list(params)}
+        self._check(group)
         known = {id(param) for other in self.param_groups for param in other["params"]}
         for param in group["params"]:
             _check_parameter(param, known)
@@ -227,20 +235,42 @@ class Optimizer(ABC):
 
         Raises
         ------
+        TypeError
+            If it is no state of an optimizer.
         ValueError
-            If the groups or their numbers of parameters differ.
+            If the groups, their numbers of parameters or their settings differ. Nothing
+            was changed then.
         """
-        groups = state_dict["param_groups"]
+        try:
+            groups, states = state_dict["param_groups"], dict(state_dict["state"])
+            found = [len(group["params"]) for group in groups]
+        except (KeyError, TypeError, ValueError):
+            raise TypeError(
+                "cannot load the state of an optimizer: expected what state_dict() returns"
+            ) from None
         sizes = [len(group["params"]) for group in self.param_groups]
-        if [len(group["params"]) for group in groups] != sizes:
+        if found != sizes:
             raise ValueError(
                 "cannot load the state of an optimizer: its parameter groups differ from "
                 f"those here, which have {sizes} parameters"
             )
+        for number, group in enumerate(groups):
+            if missing := sorted(self.defaults.keys() - group.keys()):
+                raise ValueError(
+                    f"cannot load the state of an optimizer: its group {number} has no "
+                    f"{', '.join(missing)}; it is not of {type(self).__name__}"
+                )
         params = list(self._parameters())
+        if strange := [i for i in states if i not in range(len(params))]:
+            raise ValueError(
+                f"cannot load the state of an optimizer: there is no parameter {strange[0]!r}"
+            )
+        if self._fused(self.param_groups[0]) is not None:  # else only `_update` knows what fits
+            for i, state in states.items():
+                _check_state(state, i, params[i])
         for own, loaded in zip(self.param_groups, groups, strict=True):
             own.update({**deepcopy(loaded), "params": own["params"]})
-        self.state = {params[int(i)]: deepcopy(s) for i, s in state_dict["state"].items()}
+        self.state = {params[i]: deepcopy(state) for i, state in states.items()}
 
     def _parameters(self) -> Iterable[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
@@ -286,19 +316,66 @@ def zeros(state: dict[str, Any], name: str, like: Array) -> Array:
 def check_at_least(low: float, **settings: float) -> None:
     """Raise ValueError for a setting below ``low``."""
     for name, value in settings.items():
-        if not value >= low:
+        try:
+            fits = bool(value >= low)
+        except (TypeError, ValueError):
+            raise TypeError(f"cannot use {name}={value!r}: expected a number") from None
+        if not fits:
             raise ValueError(f"cannot use {name}={value!r}: it must be at least {low:g}")
+
+
+def check_pair(name: str, pair: Any, fits: Callable[[Any, Any], bool], expected: str) -> None:
+    """Raise ValueError for a setting that is not two numbers as expected."""
+    try:
+        first, second = pair
+        good = bool(fits(first, second))
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise ValueError(f"cannot use {name}={pair!r}: {expected}")
+
+
+def check_betas(betas: Any) -> None:
+    """Raise ValueError for what cannot be the betas of the Adam family."""
+    expected = "there are two, each must be in [0, 1)"
+    check_pair("betas", betas, lambda a, b: 0 <= a < 1 and 0 <= b < 1, expected)
 
 
 def _as_groups(params: Parameters) -> list[dict[str, Any]]:
     if isinstance(params, Tensor):
         raise TypeError("cannot optimize one tensor by itself: pass a list of tensors")
-    entries: list[Any] = list(params)
+    try:
+        entries: list[Any] = list(params)
+    except TypeError:
+        raise TypeError(
+            f"cannot optimize {type(params).__name__}: pass a list of tensors or of groups"
+        ) from None
     if not entries:
         raise ValueError("cannot make an optimizer: there are no parameters")
-    if isinstance(entries[0], dict):
-        return entries
-    return [{"params": entries}]
+    if not isinstance(entries[0], dict):
+        return [{"params": entries}]
+    check_groups(entries)
+    return entries
+
+
+def check_groups(groups: Sequence[Any]) -> None:
+    """Raise TypeError for what is no parameter group."""
+    for number, group in enumerate(groups):
+        if not isinstance(group, dict) or "params" not in group:
+            raise TypeError(
+                f"cannot use parameter group {number}: expected a dict with 'params', as the "
+                f"first one is, not {group!r}"
+            )
+
+
+def _check_state(state: Mapping[str, Any], number: int, param: Tensor) -> None:
+    sizes = (param.data.size, as_real(param.data).size)
+    for name, value in state.items():
+        if isinstance(value, np.ndarray) and value.size not in sizes:
+            raise ValueError(
+                f"cannot load the state of an optimizer: {name} of parameter {number} has shape "
+                f"{value.shape}, the parameter {param.shape}"
+            )
 
 
 def _check_parameter(param: Any, known: set[int]) -> None:

@@ -48,12 +48,6 @@ class SGD(Optimizer):
         *,
         maximize: bool = False,
     ) -> None:
-        check_at_least(0, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        if nesterov and (momentum <= 0 or dampening != 0):
-            raise ValueError(
-                f"cannot use nesterov with momentum={momentum!r} and dampening={dampening!r}: "
-                "it needs momentum and no dampening"
-            )
         super().__init__(
             params,
             {
@@ -65,6 +59,16 @@ class SGD(Optimizer):
                 "maximize": maximize,
             },
         )
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        names = ("lr", "momentum", "weight_decay")
+        check_at_least(0, **{name: settings[name] for name in names})
+        momentum, dampening = settings["momentum"], settings["dampening"]
+        if settings["nesterov"] and (momentum <= 0 or dampening != 0):
+            raise ValueError(
+                f"cannot use nesterov with momentum={momentum!r} and dampening={dampening!r}: "
+                "it needs momentum and no dampening"
+            )
 
     def _fused(self, group: dict[str, Any]) -> _updates.Update:
         return _updates.sgd(group)
