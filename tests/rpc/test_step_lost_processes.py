@@ -1,4 +1,7 @@
-"""A distributed step when a process dies at any message of it: on all that live, or on none."""
+"""A distributed step when a process dies at any message of it: on all that live, or on none.
+
+``DISTGRAD_STEP_DEATHS=1`` runs all histories of two deaths, where otherwise some are run.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -17,7 +21,18 @@ from distgrad import rpc
 from distgrad._core import Tensor
 from distgrad.errors import DistgradError, WorkerLostError
 from distgrad.message import StepDecide, StepPrepare, StepQuestion, code_of
-from distgrad.optim import SGD, DistributedOptimizer
+from distgrad.optim import (
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    DistributedOptimizer,
+    Optimizer,
+    RMSprop,
+    Rprop,
+)
 from distgrad.testing import World
 
 PATIENCE_S = 20.0
@@ -41,9 +56,11 @@ def sum_weights() -> Any:
     return sum(weight.sum() for weight in weights)
 
 
-def make_optimizer(rank: int, owners: tuple[int, ...]) -> None:
+def make_optimizer(
+    rank: int, owners: tuple[int, ...], cls: type[Optimizer], settings: dict[str, Any]
+) -> None:
     rrefs = [rref for owner in owners for rref in rpc.rpc_sync(owner, make_weights)]
-    kept["optimizer"], kept["owners"] = DistributedOptimizer(SGD, rrefs, lr=0.5), owners
+    kept["optimizer"], kept["owners"] = DistributedOptimizer(cls, rrefs, **settings), owners
 
 
 def step(rank: int) -> str:
@@ -79,6 +96,24 @@ def values_once_settled(rank: int) -> list[float]:
         assert time.monotonic() < until, f"a step never ends: {rpc.debug_info()}"
         pause.wait(0.005)
     return [float(value) for weight in weights for value in weight.data]
+
+
+def keep_part(rank: int) -> None:
+    """Hold the optimizer here, which would go with the coordinator."""
+    (kept["part"],) = rpc.current_worker().extensions["optim"].parts.values()
+
+
+def check_state_goes_with_values(
+    rank: int, cls: type[Optimizer], settings: dict[str, Any], values: set[float]
+) -> None:
+    """Compare values and state of the optimizer here with one that has stepped, or has not."""
+    twins = [Tensor(np.full(5, OLD), requires_grad=True) for _ in weights]
+    twin = cls(twins, **settings)
+    if values != {OLD}:
+        twin.step({weight: Tensor(np.ones(5)) for weight in twins})
+    np.testing.assert_equal(kept["part"]._optimizer.state_dict(), twin.state_dict())
+    for weight, other in zip(weights, twins, strict=True):
+        np.testing.assert_array_equal(weight.data, other.data)
 
 
 # --- where to die -----------------------------------------------------------------------------
@@ -134,15 +169,26 @@ def die_at_answer(rank: int, when: str) -> None:
     agent.reply = around(agent.reply, 1, when, lambda *args: prepared.is_set())
 
 
+def die_at_outcome(rank: int, when: str) -> None:
+    """Die before or after the answer to a question what a step has come to."""
+    agent = rpc.current_worker().agent
+    agent.reply = around(agent.reply, 1, when, lambda to, request, value: type(value) is int)  # type: ignore[method-assign]
+
+
 # --- tests --------------------------------------------------------------------------------------
 
 
 def run_step(
-    victims: dict[int, tuple[Any, ...]], owners: tuple[int, ...] = OWNERS
+    victims: dict[int, tuple[Any, ...]],
+    owners: tuple[int, ...] = OWNERS,
+    cls: type[Optimizer] = SGD,
+    **settings: Any,
 ) -> tuple[set[float], str | None]:
     """Step while the victims die; return the values of the living owners, and what was raised."""
+    settings = settings or {"lr": 0.5, "momentum": 0.5}  # the first step is the same as without
     with World(4, transport="unix") as world:
-        world.run(make_optimizer, owners, ranks=[COORDINATOR])
+        world.run(make_optimizer, owners, cls, settings, ranks=[COORDINATOR])
+        world.run(keep_part, ranks=list(owners))
         for rank, (arm, *args) in victims.items():
             world.run(arm, *args, ranks=[rank])
         report: str | None = None
@@ -152,26 +198,31 @@ def run_step(
             assert COORDINATOR in victims
         living = [owner for owner in owners if owner not in victims]
         values = world.run(values_once_settled, ranks=living)
+        agreed = {value for of_worker in values for value in of_worker}
+        world.run(check_state_goes_with_values, cls, settings, agreed, ranks=living)
         if COORDINATOR not in victims and not report:
             # The loss came after the decision; the next step names who is lost.
             (report,) = world.run(step, ranks=[COORDINATOR])
             assert report
             again = world.run(values_once_settled, ranks=living)
             assert again == values
-        world._members._killed.update(victims)  # type: ignore[union-attr]
-    return {value for of_worker in values for value in of_worker}, report
+        for victim in victims:  # also who had no occasion to die
+            with suppress(ProcessLookupError):
+                world.kill(victim)
+    return agreed, report
 
 
 @pytest.mark.parametrize(
     ("point", "expected"),
     [
         ((die_at_message, "before", StepPrepare), OLD),
+        ((die_at_message, "after", StepPrepare), OLD),
         ((die_at_answer, "before"), OLD),
         ((die_at_answer, "after"), NEW),
         ((die_at_message, "before", StepDecide), NEW),
         ((die_at_message, "after", StepDecide), NEW),
     ],
-    ids=["request", "prepared", "answered", "decision", "applied"],
+    ids=["request", "unprepared", "prepared", "answered", "decision", "applied"],
 )
 def test_step_owner_killed_is_named_and_the_others_agree(
     point: tuple[Any, ...], expected: float
@@ -226,3 +277,50 @@ def test_step_head_killed_after_the_coordinator_leaves_the_rest_agreed(
 ) -> None:
     values, _ = run_step({COORDINATOR: (die_at_send, "before", StepDecide, n), 1: head})
     assert values == {expected}
+
+
+@pytest.mark.parametrize(
+    ("cls", "commit"),
+    [(kind, True) for kind in (Adam, AdamW, Adagrad, RMSprop, Adadelta, Adamax, Rprop)]
+    + [(Adam, False), (Rprop, False)],
+)
+def test_step_of_every_optimizer_takes_its_state_along(cls: type[Optimizer], commit: bool) -> None:
+    # One owner dies with the coordinator, and the others find out what the step has come to.
+    point = (die_at_send, "before", StepDecide, 3 if commit else 1)
+    victims = {COORDINATOR: point, 1: (die_at_message, "before", StepQuestion)}
+    values, _ = run_step(victims, cls=cls, lr=0.5)
+    assert (values == {OLD}) == (not commit)
+    assert len(values) == 1
+
+
+ALL_DEATHS = os.environ.get("DISTGRAD_STEP_DEATHS", "0") not in ("", "0")
+# Of a question and of its answer: taken in or not, sent or not.
+RECOVERY: list[tuple[Any, ...]] = [
+    (die_at_message, "before", StepQuestion),
+    (die_at_message, "after", StepQuestion),
+    (die_at_send, "before", StepQuestion, 1),
+    (die_at_send, "after", StepQuestion, 1),
+    (die_at_send, "before", StepQuestion, 2),
+    (die_at_send, "after", StepQuestion, 2),
+    (die_at_outcome, "before"),
+    (die_at_outcome, "after"),
+]
+
+
+@pytest.mark.parametrize("victim", OWNERS if ALL_DEATHS else (1, 3))
+@pytest.mark.parametrize(
+    "point", RECOVERY, ids=lambda p: "-".join(str(getattr(x, "__name__", x)) for x in p)
+)
+@pytest.mark.parametrize("told", (0, 1, 2) if ALL_DEATHS else (1,))
+def test_step_killed_again_while_it_is_recovered(
+    told: int, point: tuple[Any, ...], victim: int
+) -> None:
+    values, _ = run_step(
+        {COORDINATOR: (die_at_send, "before", StepDecide, told + 1), victim: point}
+    )
+    if told == 0:
+        assert values == {OLD}
+    elif told == 2 or victim != 1:
+        assert values == {NEW}  # one who was told lives
+    else:
+        assert values in ({OLD}, {NEW})

@@ -285,7 +285,7 @@ def _as_groups(params: Sequence[RRef] | Sequence[dict[str, Any]]) -> list[dict[s
         raise TypeError(
             f"cannot optimize {type(params).__name__}: pass a list of RRefs or of groups"
         )
-    entries = list(params)
+    entries: list[Any] = list(params)
     groups: list[Any] = [{"params": entries}]
     if entries and isinstance(entries[0], dict):
         check_groups(entries)
