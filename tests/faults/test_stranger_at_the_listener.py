@@ -148,6 +148,16 @@ def test_stranger_with_another_secret_learns_nothing(pair: Pair) -> None:
     assert len(pair.far.connections) == 1
 
 
+def test_listener_that_dies_in_the_handshake_has_not_refused_it() -> None:
+    near, far = socket.socketpair()
+    far.close()
+    handshake = HmacHandshake(
+        SECRET, connecting=True, identity=(5, 1), peer_uid=None, world="faults"
+    )
+    with near, pytest.raises(TransportError, match="it went away in the handshake"):
+        authenticate(near, handshake, time.monotonic() + PATIENCE_S, "there")
+
+
 def test_stranger_who_replays_an_overheard_handshake_is_dropped(pair: Pair) -> None:
     own = HmacHandshake(SECRET, connecting=True, identity=(5, 1), peer_uid=None, world="faults")
     hello = own.start() or b""

@@ -10,7 +10,6 @@ Invariants
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Links"]
 
-_DYING_S = 0.2  # a process that dies closes its connections before its listeners
+_TIDY_AFTER_S = 0.2
 
 
 class Links:
@@ -155,8 +154,15 @@ class Links:
         failures = []
         for address in self._world.addresses_of(peer):
             try:
-                connection = self._open_connection(address)
-            except (AuthenticationError, TransportError, OSError) as error:
+                connection = transport_for(address.partition("://")[0]).connect(
+                    address,
+                    self._poller,
+                    lambda uid: self._world.handshake(connecting=True, peer_uid=uid),
+                    config.handshake_timeout,
+                )
+            except AuthenticationError:
+                raise
+            except (TransportError, OSError) as error:
                 failures.append(f"{address}: {error}")
                 continue
             if self._world.recognises(connection.identity, peer):
@@ -166,22 +172,6 @@ class Links:
         text = f"cannot reach worker {self._world.name_of(peer)!r}: " + "; ".join(failures)
         self._lose(peer, text)
         raise WorkerLostError(text)
-
-    def _open_connection(self, address: str) -> Connection:
-        def attempt() -> Connection:
-            return transport_for(address.partition("://")[0]).connect(
-                address,
-                self._poller,
-                lambda uid: self._world.handshake(connecting=True, peer_uid=uid),
-                config.handshake_timeout,
-            )
-
-        try:
-            return attempt()
-        except AuthenticationError:
-            # Whoever dies in a handshake seems to refuse it. The next attempt tells.
-            time.sleep(_DYING_S)
-            return attempt()
 
     def _lose(self, peer: int, text: str) -> None:
         """Note that a peer is out of reach, unless its end is known already."""
@@ -241,7 +231,8 @@ class Links:
             self._open -= rest
         for other in rest:
             other.abort()
-        self._poller.call_later(_DYING_S, lambda: self._tidy(peer))
+        # Not at once: a dying process closes its connections before its listeners.
+        self._poller.call_later(_TIDY_AFTER_S, lambda: self._tidy(peer))
         return peer, why
 
     def _tidy(self, peer: int) -> None:

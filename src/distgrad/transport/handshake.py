@@ -2,7 +2,8 @@
 
 Each message is a 16-bit little-endian length and that many bytes, at most
 `MAX_HANDSHAKE_BYTES`. Neither side ever reads past the message it is in, so whatever
-follows the handshake in the stream belongs to the connection.
+follows the handshake in the stream belongs to the connection. A message of no bytes is the
+accepting side's refusal: an end without it means that the process has gone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 from distgrad.errors import AuthenticationError, TransportError
@@ -19,6 +21,7 @@ from distgrad.transport.base import MAX_HANDSHAKE_BYTES, Handshake
 __all__ = ["HalfOpen", "LastStep", "authenticate"]
 
 _LENGTH_BYTES = 2
+_REFUSAL = bytes(_LENGTH_BYTES)
 
 
 def _packed(message: bytes) -> bytes:
@@ -41,7 +44,7 @@ class _Reader:
         if len(self._data) < _LENGTH_BYTES:
             return _LENGTH_BYTES - len(self._data)
         length = int.from_bytes(self._data[:_LENGTH_BYTES], "little")
-        if not 0 < length <= MAX_HANDSHAKE_BYTES:
+        if length > MAX_HANDSHAKE_BYTES:
             raise AuthenticationError("cannot authenticate the peer: it does not speak distgrad")
         return _LENGTH_BYTES + length - len(self._data)
 
@@ -154,7 +157,14 @@ class HalfOpen:
         return message is not None and self._answer(message)
 
     def _answer(self, message: bytes) -> bool:
-        answer, finished = self._handshake.receive(message)
+        if not message:
+            raise AuthenticationError("cannot authenticate the peer: it does not speak distgrad")
+        try:
+            answer, finished = self._handshake.receive(message)
+        except AuthenticationError:
+            with suppress(OSError):
+                self._sock.send(_REFUSAL, socket.MSG_NOSIGNAL)
+            raise
         if answer is not None:
             packed = _packed(answer)
             # A fresh socket takes this much; one that does not has a peer that never reads.
@@ -176,7 +186,7 @@ def authenticate(sock: socket.socket, handshake: Handshake, deadline: float, add
     AuthenticationError
         One side refused the other.
     TransportError
-        The peer did not answer in time.
+        The peer has gone, or did not answer in time.
     """
     try:
         message = handshake.start()
@@ -193,9 +203,8 @@ def authenticate(sock: socket.socket, handshake: Handshake, deadline: float, add
             f"cannot connect to {address}: no answer to the handshake in time"
         ) from None
     except ConnectionError as error:
-        raise AuthenticationError(
-            f"cannot connect to {address}: refused in the handshake ({error})",
-            hint="do both sides have the same secret and belong to the same world?",
+        raise TransportError(
+            f"cannot connect to {address}: it went away in the handshake ({error})"
         ) from None
 
 
@@ -214,5 +223,10 @@ def _read_message(sock: socket.socket, deadline: float, address: str) -> bytes:
         if not data:
             raise ConnectionResetError("it closed the connection")
         message = reader.add(data)
+        if message == b"":
+            raise AuthenticationError(
+                f"cannot connect to {address}: refused in the handshake",
+                hint="do both sides have the same secret and belong to the same world?",
+            )
         if message is not None:
             return message

@@ -3,7 +3,8 @@
 After its handshake the connecting side says what a socket is for, in 33 bytes: 0 and a random
 token for a connection, or 1 and the token of the connection that it is the lane of. The lane has
 proved in a handshake of its own who it comes from, and only the same peer may add one. The
-accepting side makes the connection when it has both sockets, and says so with one byte on the lane.
+accepting side makes the connection when it has both sockets, and says so with one byte on the lane:
+1, or 0 where it refuses it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from distgrad.transport._poller import Poller
 __all__ = ["Pairing", "Purpose", "announce", "join"]
 
 _TOKEN_NBYTES = 32
-_FIRST, _LANE, _JOINED = b"\0", b"\1", b"\1"
+_FIRST, _LANE = b"\0", b"\1"
+_REFUSED, _JOINED = b"\0", b"\1"
 
 
 class Purpose:
@@ -86,6 +88,7 @@ class Pairing:
             This peer has no such connection.
         """
         if token not in self._waiting or self._waiting[token][1] != identity:
+            lane.send(_REFUSED, socket.MSG_NOSIGNAL)
             raise AuthenticationError("cannot join a lane to a connection that the peer has not")
         sock, _, timer = self._waiting.pop(token)
         timer.cancel()
@@ -127,21 +130,24 @@ def join(
     AuthenticationError
         The peer refused it.
     TransportError
-        It did not answer in time.
+        It has gone, or did not answer in time.
     """
     sock = open_socket()
     try:
         sock.settimeout(max(deadline - time.monotonic(), 1e-3))
         sock.sendall(_LANE + token)
-        if sock.recv(1) != _JOINED:
+        answer = sock.recv(1)
+        if not answer:
             raise ConnectionResetError("it closed the connection")
+        if answer != _JOINED:
+            raise AuthenticationError(f"cannot connect to {address}: its second socket was refused")
     except BaseException as error:
         sock.close()
         if isinstance(error, TimeoutError):
             raise TransportError(f"cannot connect to {address}: no answer in time") from None
         if isinstance(error, ConnectionError):
-            raise AuthenticationError(
-                f"cannot connect to {address}: its second socket was refused ({error})"
+            raise TransportError(
+                f"cannot connect to {address}: it went away with its second socket ({error})"
             ) from None
         raise
     return sock

@@ -17,7 +17,7 @@ import socket
 import time
 
 from distgrad.config import config
-from distgrad.errors import AuthenticationError, TransportError
+from distgrad.errors import TransportError
 from distgrad.transport._arena import memory_file
 from distgrad.transport._ring import NOTE_NBYTES, RING_FILE_NBYTES, Ring
 
@@ -87,18 +87,16 @@ def answer_offer(sock: socket.socket, deadline: float, address: str) -> Ring | N
 
     Raises
     ------
-    AuthenticationError
-        The peer ended the connection instead.
     TransportError
-        The offer did not come in time, or is none.
+        The peer has gone, or its offer did not come in time.
     """
     try:
         message, fds = _receive_offer(sock, deadline)
     except TimeoutError:
         raise TransportError(f"cannot connect to {address}: no offer in time") from None
     except ConnectionError as error:
-        raise AuthenticationError(
-            f"cannot connect to {address}: refused after the handshake ({error})"
+        raise TransportError(
+            f"cannot connect to {address}: it went away after the handshake ({error})"
         ) from None
     try:
         if message[:1] == _NO:
