@@ -5,6 +5,7 @@ from __future__ import annotations
 from harness import Case, System, main
 
 MB = 2**20
+RIVALS = ("distgrad", "torch")
 CASES = [
     Case("noop", "call of an empty function"),
     Case("echo_small", "echo of float32[1]"),
@@ -13,9 +14,13 @@ CASES = [
     Case("remote_to_here", "remote + to_here of float32[1]"),
     Case("echo_16mb", "echo of 16 MB, each way", "GB/s", 16 * MB),
     Case("echo_64mb", "echo of 64 MB, each way", "GB/s", 64 * MB),
-    Case("echo_256mb", "echo of 256 MB, each way", "GB/s", 256 * MB),
-    Case("noop_p99", "empty function, slowest of 100 calls"),
-    Case("noop_p99_beside_1gb", "the same, while 1 GB is on its way in another call"),
+    Case("echo_256mb", "echo of 256 MB, each way", "GB/s", 256 * MB, RIVALS),
+    Case("noop_p99", "empty function, slowest of 100 calls", systems=RIVALS),
+    Case(
+        "noop_p99_beside_1gb",
+        "the same, while 1 GB is on its way in another call",
+        systems=RIVALS,
+    ),
     Case("echo_small_crowded", "echo of float32[1], two more processes busy"),
     Case("echo_16mb_crowded", "echo of 16 MB, two more processes busy", "GB/s", 16 * MB),
 ]
