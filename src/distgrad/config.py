@@ -34,6 +34,8 @@ class Config:
     #: How often a worker asks whether the process of a peer still runs; 0 for never. A peer that
     #: stays silent for three times as long is lost.
     heartbeat_interval: float = 4.0
+    #: How long a peer may take nothing of what a thread waits to send it; then it is lost.
+    stall_timeout: float = 60.0
     #: Connections that may be unauthenticated at one time, a listener.
     max_half_open: int = 64
     #: Deepest nesting of values in a message.

@@ -3,7 +3,9 @@
 import os
 import signal
 import threading
+import time
 
+import numpy as np
 import pytest
 
 from distgrad import rpc
@@ -158,3 +160,43 @@ def test_flood_by_a_peer_that_reads_no_answers_ends_its_connection(world):
     [why] = world.run(outlive, ranks=[0])
     assert "does not read" in why
     world.kill(1)
+
+
+@rpc.expose
+def give():
+    return np.ones(4_000_000)
+
+
+@rpc.expose
+def ask_and_stop(count):
+    for _ in range(count):
+        rpc.rpc_async(0, give)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def be_asked(rank, count):
+    """Answer a peer that reads no more; return why it was given up, and what still runs."""
+    agent = rpc.current_worker().agent
+    lost = rpc.Future(agent=agent)
+    rpc.current_worker().on_lost.append(lambda peer, why: lost.set_result(str(why)))
+    asked = rpc.rpc_async(1, ask_and_stop, (count,), timeout=PATIENCE_S)
+    why = lost.wait(PATIENCE_S)
+    asked.exception()  # it may have answered before it stopped
+    until = time.monotonic() + PATIENCE_S
+    while agent.crew.busy and time.monotonic() < until:
+        threading.Event().wait(0.01)
+    return why, agent.crew.busy
+
+
+@pytest.mark.parametrize(("shared", "transport"), [(True, "unix"), (False, "unix"), (False, "tcp")])
+def test_peer_that_never_reads_large_answers_holds_no_thread_for_ever(
+    monkeypatch, shared, transport
+):
+    monkeypatch.setattr(config, "shared_memory", shared)
+    monkeypatch.setattr(config, "stall_timeout", 0.5)
+    monkeypatch.setattr(config, "heartbeat_interval", 0.0)  # not what ends it here
+    with World(2, transport=transport) as world:
+        [(why, busy)] = world.run(be_asked, 30, ranks=[0])
+        world.kill(1)
+    assert "does not read" in why
+    assert busy == 0

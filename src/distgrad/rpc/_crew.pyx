@@ -172,19 +172,33 @@ cdef class CrewCore(Desk):
         return 0
 
     def drain(self, connection):
-        """Block until the kernel has taken all that was sent on a connection."""
+        """Block until the kernel has taken all that was sent on a connection.
+
+        Returns
+        -------
+        bool
+            False if the peer has taken nothing for ``config.stall_timeout`` seconds.
+        """
         cdef Waiter waiter = Waiter.__new__(Waiter)
         cdef Future sent = Future.__new__(Future)
-        cdef double until
+        cdef double now = now_s(), until, since = now
+        progress = None
         try:
             while not (connection.flushed() or connection.closed or self.closed):
-                until = now_s() + 0.001
+                now = now_s()
+                before, progress = progress, connection.progress()
+                if progress is None or progress != before:
+                    since = now
+                elif now - since > config.stall_timeout:
+                    return False
+                until = now + 0.001
                 if waiter.leads or self.leadership.try_lead():
                     self.lead(waiter, sent, until)
                 else:
                     self.follow(waiter, sent, until)
         finally:
             self.exit(waiter)
+        return True
 
     cdef int exit(self, Waiter waiter) except -1:
         self.leave(waiter)

@@ -95,6 +95,7 @@ cdef class Exchange:
     cdef int transmit(self, object connection, Outgoing message) except -1
     cdef int hold_back(self, object connection, Outgoing message) except -1
     cdef int drain(self, object connection, Outgoing message) except -1
+    cdef str unread(self, object connection)
     cdef object route(self, int peer)
     cdef int resolve_id(self, object to) except -1
     cpdef int tell(self, int to, message, context_id=*) except -1

@@ -13,6 +13,7 @@ E5  What a peer can make this worker keep is bounded: requests that wait or are 
 """
 
 from collections.abc import Mapping
+from functools import partial
 from types import CoroutineType, FunctionType
 
 from libc.math cimport INFINITY
@@ -357,11 +358,14 @@ cdef class Exchange:
         elif not self.crew.polls_here():
             self.hold_back(connection, message)
         elif <uint64_t>connection.waiting() > self.ledger.most // REQUEST_NBYTES:
-            name = self.worker.world.name_of(connection.peer)
-            error = f"cannot send to worker {name!r}: it does not read what waits for it"
+            error = self.unread(connection)
             self._reject(connection, ProtocolError(error))
             raise WorkerLostError(error)
         return 0
+
+    cdef str unread(self, object connection):
+        name = self.worker.world.name_of(connection.peer)
+        return f"cannot send to worker {name!r}: it does not read what waits for it"
 
     cdef int hold_back(self, object connection, Outgoing message) except -1:
         """Wait for the kernel if arrays of the caller, or much else, have not left yet."""
@@ -377,15 +381,16 @@ cdef class Exchange:
         """Wait for the kernel; an answer that waits takes up memory, like the request did."""
         cdef uint64_t nbytes = REQUEST_NBYTES + <uint64_t>message.payload_nbytes
         cdef uint64_t *account = self.ledger.account(connection.peer, nbytes)
-        if message.kind != REPLY:
-            self.crew.drain(connection)
-            return 0
-        account[0] += nbytes
+        cdef bint counts = message.kind == REPLY
+        account[0] += counts * nbytes
         try:
-            self.crew.drain(connection)
+            if self.crew.drain(connection):
+                return 0
         finally:
-            account[0] -= nbytes
-        return 0
+            account[0] -= counts * nbytes
+        error = self.unread(connection)
+        self.crew.poller.call(partial(self._reject, connection, ProtocolError(error)))
+        raise WorkerLostError(error)
 
     cdef object route(self, int peer):
         """Return the connection for sending to a peer; connects on first use."""

@@ -4,7 +4,7 @@ Any thread may send. What belongs to whom is in the comments; ``_stream.pyx`` ha
 invariants.
 """
 
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint32_t, uint64_t
 from posix.uio cimport iovec
 
 from distgrad.transport._poller cimport Pollable
@@ -33,6 +33,7 @@ cdef class Outlet(Pollable):
     cdef int fd                    # closed by the polling thread or a later writer; then -1
     cdef bint ended                # no more input or output; set by the polling thread only
     cdef object queue              # deque of Write, oldest first
+    cdef uint64_t taken            # bytes that the kernel or the ring took so far
     cdef bint writing              # a thread is between taking from the queue and sendmsg's return
     cdef size_t turn               # most bytes of one drain, the rest is the poller's; 0: all
     cdef uint32_t wanted           # what to ask epoll for besides EPOLLOUT

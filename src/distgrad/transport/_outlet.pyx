@@ -142,6 +142,7 @@ cdef class Outlet(Pollable):
             else:
                 result = self.put(pieces, count)
             if result >= 0:
+                self.taken += result
                 self.sent(result)
             if result < <Py_ssize_t>total and result != -EINTR:
                 if self.ring == NULL or (result < 0 and result != -EAGAIN):

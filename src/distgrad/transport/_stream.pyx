@@ -229,6 +229,10 @@ cdef class StreamConnection(LaneOwner):
         """Return how many messages of earlier sends are queued on this side."""
         return len(self.queue)
 
+    def progress(self):
+        """Return a number that grows as the peer takes what is queued."""
+        return (<Outlet>self).taken + (self.lane.taken if self.lane is not None else 0)
+
     # --- ending: any thread ---------------------------------------------------------------
 
     def close(self):

@@ -106,6 +106,13 @@ class Connection(ABC):
         """Return how many messages of earlier `send` calls are queued on this side."""
         return 0 if self.flushed() else 1
 
+    def progress(self) -> int | None:
+        """Return a number that grows as the peer takes what is queued; None if unknown.
+
+        A connection that tells is given up when the peer takes nothing for too long.
+        """
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Hand over what is queued, for a second at most, then end the connection.
