@@ -10,6 +10,7 @@ import pytest
 
 import distgrad as dg
 from distgrad import rpc
+from distgrad.config import config
 from distgrad.errors import NotExposedError, RemoteError, SerializationError
 from distgrad.testing import World
 
@@ -80,6 +81,21 @@ def give(what):
     return {"lock": [threading.Lock()], "zero": Ratio(1, 0)}[what]
 
 
+def nested(depth):
+    value = None
+    for _ in range(depth):
+        value = (value,)
+    return value
+
+
+def chain_of(length):
+    error = ValueError(0)
+    for number in range(1, length):
+        error, inner = ValueError(number), error
+        error.inner = inner
+    return error
+
+
 @rpc.expose
 def fail(how):
     if how == "quota":
@@ -88,6 +104,16 @@ def fail(how):
         b"\xff".decode()
     if how == "group":
         raise ExceptionGroup("both", [QuotaError(1), KeyError("k")])
+    if how == "circle":
+        first, second = QuotaError(6), ValueError("second")
+        first.other, second.other = second, first
+        raise first
+    if how == "chain":
+        raise chain_of(12)
+    if how == "long":
+        raise chain_of(40)
+    if how == "deep":
+        raise ValueError("text", nested(config.max_depth - 1))
     raise rpc.WorkerLostError("gone", detail="at noon", hint="wait")
 
 
@@ -153,6 +179,19 @@ def collect_failures(rank):
         [type(member) for member in group.exceptions],
         str(lost),
     )
+
+
+def collect_tangled_failures(rank):
+    circle, chain, long, deep = (failure(how) for how in ("circle", "chain", "long", "deep"))
+    return (type(circle), str(circle)), (chain.args, chain.inner.args), str(long), str(deep)
+
+
+def test_failures_whose_parts_cannot_be_sent_together_arrive_all_the_same(pair):
+    ((circle, chain, long, deep),) = pair.run(collect_tangled_failures, ranks=[0])
+    assert circle == (QuotaError, "more than 6")
+    assert chain == ((11,), (10,))
+    assert long == "39"
+    assert deep.startswith("('text', ")
 
 
 def test_failures_keep_attributes_and_text(pair):

@@ -9,12 +9,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distgrad import _codec
-from distgrad.errors import ProtocolError, TransportError
+from distgrad.errors import ProtocolError, SerializationError, TransportError
 from distgrad.message import Bye, Cancel, Error, code_of
 from distgrad.rpc._exchange import Exchange, Served
 from distgrad.rpc._future import FAILED, PendingRequests, RpcFuture
 from distgrad.rpc.crew import Crew
-from distgrad.rpc.failures import describe, rebuild
+from distgrad.rpc.failures import bare, describe, rebuild
 from distgrad.rpc.future import Future, all_ended
 from distgrad.rpc.links import Links
 from distgrad.rpc.pulse import Doors, Rounds
@@ -65,7 +65,11 @@ class Agent(Exchange):
 
     def reply_error(self, to: int, request_id: int, error: BaseException) -> None:
         """Answer a request with the failure of its handler."""
-        self.reply_with(to, request_id, _ERROR, tuple(describe(error, self.worker.name)))
+        told = describe(error, self.worker.name)
+        try:
+            self.reply_with(to, request_id, _ERROR, tuple(told))
+        except SerializationError:  # too large or too deep; but an answer there must be
+            self.reply_with(to, request_id, _ERROR, tuple(bare(told)))
 
     def _answer_lost(self, why: Exception, context_id: int, message_id: int) -> None:
         _log.info("worker %r drops an answer: %s", self.worker.name, why)

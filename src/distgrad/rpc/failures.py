@@ -17,12 +17,13 @@ from distgrad.errors import BackwardError, DistgradError, RemoteError
 from distgrad.message import Error, code_of
 from distgrad.rpc.exposure import known_class
 
-__all__ = ["describe", "rebuild"]
+__all__ = ["bare", "describe", "rebuild"]
 
 _PLAIN = (str, int, float, bool, bytes, type(None))
 _ERROR = code_of(Error)
 _TOLD_APART = ("workers", "remote_traceback")  # attributes that have fields of their own
 _CAUSE = "cause"  # of a pass that failed; other causes are in the traceback alone
+_MOST_TEXT = 10_000  # characters of what is sent after something longer could not be
 
 
 def describe(error: BaseException, worker_name: str) -> Error:
@@ -40,27 +41,56 @@ def describe(error: BaseException, worker_name: str) -> Error:
     return Error(type_name, text, args, _remote_text(error), workers, state)
 
 
+def bare(message: Error) -> Error:
+    """Return what is left to tell if all of it together cannot be sent: class and text."""
+    return message._replace(
+        message=message.message[:_MOST_TEXT],
+        args=None,
+        traceback=message.traceback[-_MOST_TEXT:],
+        state=None,
+    )
+
+
+class _Trial:
+    """Stands in for the session while it is tried whether a value can be sent."""
+
+    def slot_of(self, tensor: Any) -> int:
+        return -1
+
+
+_TRIAL = _Trial()
+
+
 def _to_wire(
     error: BaseException, session: Any = None
 ) -> tuple[str, str, tuple[Any, ...] | None, dict[str, Any] | None]:
     """Return class, text, arguments and attributes of an exception as what can be sent."""
+    # In a trial exceptions within exceptions are not tried in turn: that would take twice as
+    # long with each step, and for ever with two that know each other.
+    fits = _is_plain if session is _TRIAL else _can_be_sent
     cls = type(error)
-    args = error.args if _can_be_sent(error.args) else None
+    args = error.args if fits(error.args) else None
     state = {
         name: value
         for name, value in vars(error).items()
-        if not name.startswith("__") and name not in _TOLD_APART and _can_be_sent(value)
+        if not name.startswith("__") and name not in _TOLD_APART and fits(value)
     }
-    if isinstance(error, BackwardError) and error.__cause__ and _can_be_sent(error.__cause__):
+    if isinstance(error, BackwardError) and error.__cause__ and fits(error.__cause__):
         state[_CAUSE] = error.__cause__
     return f"{cls.__module__}:{cls.__qualname__}", _first_words(error), args, state or None
 
 
+def _is_plain(value: Any) -> bool:
+    return type(value) in _PLAIN or (
+        type(value) is tuple and all(type(member) in _PLAIN for member in value)
+    )
+
+
 def _can_be_sent(value: Any) -> bool:
-    if type(value) in _PLAIN or (type(value) is tuple and all(type(v) in _PLAIN for v in value)):
+    if _is_plain(value):
         return True
     try:
-        _codec.encode(_ERROR, value)
+        _codec.encode(_ERROR, value, _TRIAL)
     except Exception:  # whatever it is: the error to tell of is another one
         return False
     return True
