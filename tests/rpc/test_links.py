@@ -120,6 +120,41 @@ def test_worker_that_dies_in_the_handshake_is_lost_and_the_error_says_why(tmp_pa
     assert "it went away in the handshake" in why
 
 
+def end_at_once(ask):
+    """Return what ``ask`` fails with when the connection it makes ends before it is in use."""
+    worker: Worker = rpc.current_worker()
+    links = worker.agent.links
+    reach = links._reach
+
+    def reach_and_end(peer):
+        connection = reach(peer)
+        connection.abort()
+        return connection
+
+    links._reach = reach_and_end
+    with pytest.raises(WorkerLostError) as caught:
+        ask(worker)
+    del links._reach
+    return str(caught.value)
+
+
+def lose_it_in_a_tick(rank):
+    return end_at_once(lambda worker: ask_from_the_polling_thread(worker, 1)[0].wait(10))
+
+
+def lose_it_in_a_call(rank):
+    return end_at_once(lambda worker: rpc.rpc_sync(1, twice, (1,), timeout=10))
+
+
+@pytest.mark.parametrize("transport", ["inproc", "unix", "tcp"])
+@pytest.mark.parametrize("ask", [lose_it_in_a_tick, lose_it_in_a_call])
+def test_connection_that_ends_before_it_is_in_use_is_a_loss(ask, transport):
+    with World(2, transport=transport) as world:
+        (why,) = world.run(ask, ranks=[0])
+        world.kill(1)
+    assert "'worker1' is lost" in why
+
+
 def test_tick_that_fails_harms_nobody(caplog):
     with World(1) as world:
         worker = world.run(lambda rank: rpc.current_worker())[0]

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Links"]
 
 _TIDY_AFTER_S = 0.2
+_AT_ONCE = "its connection closed as soon as it was made"
 
 
 class Links:
@@ -141,6 +142,8 @@ class Links:
             if connection is None:
                 connection = self._reach(peer)
                 self._adopt(connection, peer)
+                if connection.peer is None:  # nobody will hear of its end
+                    self._lose(peer, f"worker {self._world.name_of(peer)!r} is lost: {_AT_ONCE}")
             self._refuse_lost(peer)
             return self.routes.get(peer, connection)
 
