@@ -170,3 +170,22 @@ def test_tick_that_fails_harms_nobody(caplog):
         done.wait(10)
         assert world.run(lambda rank: rpc.rpc_sync(0, twice, (21,))) == [42]
     assert "not today" in caplog.text
+
+
+def test_tick_that_fails_is_called_again():
+    with World(1) as world:
+        worker = world.run(lambda rank: rpc.current_worker())[0]
+        done = Future(agent=worker.agent)
+        times = []
+
+        def tick(now):
+            times.append(now)
+            if len(times) == 1:
+                raise PermissionError("not yet")
+            worker.agent.ticks.remove(tick)
+            done.set_result(None)
+            return float("inf")
+
+        worker.agent.ticks.append(tick)
+        worker.agent.tick_by(time.monotonic())
+        done.wait(10)

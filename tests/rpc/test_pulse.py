@@ -6,13 +6,15 @@ import signal
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from distgrad import rpc
 from distgrad.errors import WorkerLostError
-from distgrad.rpc.pulse import Doors
+from distgrad.rpc.pulse import Doors, Rounds
 from distgrad.testing import World
+from distgrad.transport._poller import Poller
 
 INTERVAL_S = 0.2
 
@@ -120,3 +122,28 @@ def test_heartbeat_interval_that_is_no_time_is_refused():
     for interval in (-1.0, float("nan")):
         with pytest.raises(ValueError, match="heartbeat_interval"):
             rpc.RpcBackendOptions(heartbeat_interval=interval)
+
+
+class Worker:
+    """As much of a worker as its rounds see: who it is connected to."""
+
+    def __init__(self, peers):
+        self.crew = SimpleNamespace(poller=Poller())
+        routes = dict.fromkeys(peers, SimpleNamespace(scheme="tcp"))
+        self.links = SimpleNamespace(connected=list(peers), routes=routes)
+
+
+@pytest.mark.parametrize("nonsense", ["tcp://here", "tcp://1.2.3.4:99999", f"tcp://{300 * 'ä'}:80"])
+def test_doors_that_are_none_keep_nobody_from_asking_others(nonsense):
+    worker = Worker([1, 2])
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        addresses = {1: [f"tcp://127.0.0.1:{door.getsockname()[1]}"], 2: [nonsense]}
+        rounds = Rounds(worker, addresses.get, 1.0)
+        later = time.monotonic()
+        for _ in range(2):
+            later += 1.0
+            assert rounds.tick(later) > later
+        door.settimeout(20)
+        door.accept()[0].close()
+    rounds.close()
+    worker.crew.poller.close()

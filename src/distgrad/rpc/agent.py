@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Agent"]
 
 _ERROR, _CANCEL, _BYE = code_of(Error), code_of(Cancel), code_of(Bye)
+_AGAIN_S = 1.0  # after which a tick that failed is called again
 
 _log = logging.getLogger("distgrad")
 
@@ -163,6 +164,7 @@ class Agent(Exchange):
                 soonest = min(soonest, tick(now))
             except Exception:  # whoever polls at this moment has nothing to do with it
                 _log.exception("worker %r failed on what it does now and then", self.worker.name)
+                soonest = min(soonest, now + _AGAIN_S)
         return soonest
 
     def close(self, reason: str) -> None:
