@@ -1,25 +1,28 @@
 """Large payloads on a socket of their own: order, ends, strangers."""
 
+import gc
+import selectors
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import pytest
 
-from distgrad._codec import Outgoing
+from distgrad._codec import Frame, Outgoing
 from distgrad.config import config
 from distgrad.errors import AuthenticationError, ProtocolError, TransportError
-from distgrad.testing.transport_pair import Pair, expect, handshakes, message, polling
+from distgrad.testing.transport_pair import Pair, expect, handshakes, message, polling, unraisable
 from distgrad.transport._poller import Poller
 from distgrad.transport._pool import SlabPool, touch
 from distgrad.transport._stream import StreamConnection
 from distgrad.transport.handshake import authenticate
-from distgrad.transport.lanes import announce, join
+from distgrad.transport.lanes import Pairing, announce, join
 from distgrad.transport.stream import TcpTransport
 from distgrad.transport.warming import Warmer
 
@@ -146,6 +149,53 @@ def test_threads_that_send_large_and_small_keep_each_their_order(pair: Pair) -> 
         assert all(np.all(array == n) for n, array in mine)
 
 
+def test_connection_is_polled_only_when_it_has_its_lane() -> None:
+    # A collection in the middle of its making lets another thread poll.
+    first, mine = socket.socketpair()
+    lane, other = socket.socketpair()
+    head, payload = announced(np.arange(100_000.0))
+    first.sendall(head)
+    sender = threading.Thread(target=lane.sendall, args=(payload,))
+    sender.start()
+    poller, events = Poller(), []
+
+    def poll() -> None:
+        while not events:
+            events.extend(poller.poll(PATIENCE_S, False))
+
+    polls = threading.Thread(target=poll)
+    polls.start()
+    with collecting_often():
+        connection = StreamConnection(
+            poller, mine.detach(), scheme="tcp", peer_address="test", identity=None,
+            lane=other.detach(),
+        )  # fmt: skip
+    polls.join(PATIENCE_S)
+    sender.join(PATIENCE_S)
+    assert [(ended, type(item)) for ended, item in events] == [(connection, Frame)]
+    poller.close()
+    first.close()
+    lane.close()
+
+
+@contextmanager
+def collecting_often() -> Iterator[None]:
+    """Let other threads run in each collection, of which there are as many as can be."""
+
+    def pause(phase: str, info: Any) -> None:
+        if threading.get_ident() == mine:
+            time.sleep(1e-3)
+
+    mine, before = threading.get_ident(), gc.get_threshold()
+    gc.callbacks.append(pause)
+    gc.set_threshold(1)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(pause)
+
+
 # --- ends
 
 
@@ -159,6 +209,21 @@ def test_end_before_the_payload_is_here_waits_for_it(raw: Raw) -> None:
     sender.join(PATIENCE_S)
     assert len(raw.events) == 2
     assert raw.events[0].payload is not None
+
+
+def test_faults_of_the_lane_name_the_peer(raw: Raw) -> None:
+    head, payload = announced(np.arange(100_000.0))
+    raw.socket.sendall(head)
+    raw.lane.sendall(payload[:1000])
+    raw.lane.close()
+    assert "from test:" in str(raw.poll_until_ended())
+
+
+def test_payloads_on_the_lane_count_as_waiting(raw: Raw) -> None:
+    sent = [raw.connection.send(message(np.ones(LARGE))) for _ in range(3)]
+    assert sent == [False] * 3
+    raw.socket.recv(1 << 20)
+    assert raw.connection.waiting() == 3
 
 
 @pytest.mark.parametrize("first", ["socket", "lane"])
@@ -229,6 +294,21 @@ def test_fresh_memory_is_touched_by_another_thread_which_then_ends() -> None:
         touch(slab, 0, 8 * 2**20 + 1)
 
 
+def test_memory_is_ready_at_once_where_no_thread_is_to_be_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    warmer, slab, done = Warmer(), SlabPool().take(8 * 2**20), SimpleQueue()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        warmer.order(slab, 0, 8 * 2**20, lambda: done.put(threading.current_thread()))
+    assert done.get_nowait() is threading.current_thread()
+    warmer.order(slab, 0, 8 * 2**20, lambda: done.put(threading.current_thread()))
+    assert done.get(timeout=PATIENCE_S) is not threading.current_thread()
+
+
 def test_record_without_a_lane_ends_the_connection() -> None:
     near, mine = socket.socketpair()
     poller = Poller()
@@ -253,6 +333,27 @@ def test_end_of_a_connection_with_a_payload_on_the_way_leaves_others_alone(pair:
     pair.until(lambda: bool(pair.far.values()))
     assert pair.far.values() == ["fine"]
     assert len(pair.far.ends()) == 1
+
+
+def test_descriptors_stay_with_the_caller_where_there_is_no_connection() -> None:
+    poller = Poller()
+    for ends in range(2):  # a regular file cannot be polled
+        near, mine = socket.socketpair()
+        with tempfile.TemporaryFile() as file:
+            wrong = (file.fileno(), mine.fileno())
+            with expect(TransportError):
+                StreamConnection(
+                    poller, wrong[ends], scheme="tcp", peer_address="test", identity=None,
+                    lane=wrong[1 - ends],
+                )  # fmt: skip
+            gc.collect()
+            file.write(b"mine")
+            mine.send(b"mine")
+            assert near.recv(4) == b"mine"
+        near.close()
+        mine.close()
+    assert poller.poll(0.0, False) == []
+    poller.close()
 
 
 # --- strangers
@@ -291,3 +392,62 @@ def test_first_socket_whose_lane_never_comes_is_dropped(
         sock.settimeout(PATIENCE_S)
         assert sock.recv(1) == b""
     assert len(pair.far.connections) == 1
+
+
+def test_token_cannot_be_used_by_two_connections_at_once(pair: Pair) -> None:
+    token = bytes(31) + b"\7"
+    with (
+        unraisable() as raised,
+        polling(pair.far),
+        first_socket(pair, 3) as sock,
+        first_socket(pair, 4) as other,
+    ):
+        sock.sendall(b"\0" + token)
+        other.sendall(b"\0" + token)
+        other.settimeout(PATIENCE_S)
+        sock.settimeout(PATIENCE_S)
+        with selectors.DefaultSelector() as selector:  # either may be the second
+            selector.register(sock, selectors.EVENT_READ)
+            selector.register(other, selectors.EVENT_READ)
+            [(key, _)] = selector.select(PATIENCE_S)
+        assert key.fileobj.recv(1) == b""
+        number = 4 if key.fileobj is sock else 3
+        deadline = time.monotonic() + PATIENCE_S
+        with join(token, deadline, "there", lambda: first_socket(pair, number)) as lane:
+            assert lane.fileno() >= 0
+    assert raised == []
+
+
+def test_socket_for_something_unknown_is_refused(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "handshake_timeout", 10 * PATIENCE_S)
+    with polling(pair.far), first_socket(pair, 3) as sock:
+        sock.sendall(b"\2" + bytes(32))
+        sock.settimeout(PATIENCE_S)
+        assert sock.recv(1) == b""
+
+
+def test_first_socket_is_closed_where_its_lane_breaks() -> None:
+    poller = Poller()
+    pairing = Pairing(poller)
+    (first, one), (lane, other) = socket.socketpair(), socket.socketpair()
+    other.close()
+    pairing.add(first, 3, bytes(32))
+    with expect(OSError):
+        pairing.take(lane, 3, bytes(32))
+    assert first.fileno() == -1
+    one.close()
+    lane.close()
+    poller.close()
+
+
+def test_first_socket_that_comes_when_the_listener_closes_is_closed() -> None:
+    poller = Poller()
+    pairing = Pairing(poller)
+    first, one = socket.socketpair()
+    pairing.close()
+    pairing.add(first, 3, bytes(32))
+    assert first.fileno() == -1
+    one.close()
+    poller.close()

@@ -29,8 +29,8 @@ cdef class Arriving:
 cdef class LaneOwner(Outlet):
     # A payload has come whole.
     cdef int on_payload(self, list events) except -1
-    # No payload will come any more, and why.
-    cdef int on_lane_end(self, list events, object reason) except -1
+    # No payload will come any more: 0 for the end of the stream, or -errno.
+    cdef int on_lane_end(self, list events, Py_ssize_t result) except -1
 
 
 cdef class Lane(Outlet):
@@ -47,4 +47,5 @@ cdef class Lane(Outlet):
     cdef int begin(self) except -1
     cdef int make_room(self) except -1
     cdef void give_way(self) noexcept nogil
+    cdef int disown(self) except -1
     cdef int finish(self) except -1

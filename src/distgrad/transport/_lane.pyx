@@ -13,14 +13,13 @@ L4  A lane ends with its connection, and a fault of it ends the connection.
 
 from collections import deque
 
-from libc.errno cimport EAGAIN, EINTR, errno
+from libc.errno cimport EAGAIN, EINTR, ENOMEM, errno
 from libc.stdint cimport uint32_t
 
-from distgrad.transport._outlet cimport Outlet, failure
+from distgrad.transport._outlet cimport Outlet
 from distgrad.transport._poller cimport Poller as PollerType
 from distgrad.transport._pool cimport shared
 
-from distgrad.errors import TransportError
 from distgrad.transport.warming import warmer
 
 cimport cython
@@ -58,7 +57,7 @@ cdef class LaneOwner(Outlet):
     cdef int on_payload(self, list events) except -1:
         return 0
 
-    cdef int on_lane_end(self, list events, object reason) except -1:
+    cdef int on_lane_end(self, list events, Py_ssize_t result) except -1:
         return 0
 
 
@@ -138,18 +137,15 @@ cdef class Lane(Outlet):
             result = self.receive()
             self.give_way()
         if result <= 0 and result != NOTHING:
-            reason = failure("receive", <int>-result) if result < 0 else TransportError(
-                "cannot receive: it ended in the middle of a message"
-            )
-            self.owner.on_lane_end(events, reason)
+            self.owner.on_lane_end(events, result)
         elif self.missing == 0:
             message = self.coming.popleft()
             message.complete = True
             self.owner.on_payload(events)
             try:
                 self.begin()
-            except MemoryError as error:
-                self.owner.on_lane_end(events, error)
+            except MemoryError:
+                self.owner.on_lane_end(events, -ENOMEM)
         elif self.room < AHEAD:
             self.make_room()
         return False
@@ -177,6 +173,13 @@ cdef class Lane(Outlet):
             self.missing -= result
             self.room -= result
         return total if total > 0 else NOTHING
+
+    cdef int disown(self) except -1:
+        """Give the descriptor back to the caller: there is no connection."""
+        self.poller.entries.pop(self.token, None)
+        self.leave_poller()
+        self.fd = -1
+        return 0
 
     cdef int finish(self) except -1:
         """End: read and write no more."""

@@ -95,16 +95,16 @@ cdef class StreamConnection(LaneOwner):
             self.ring = &ring.end
             self.ring.fd = fd
         self.wanted = EPOLLIN
-        self.enter(poller, fd)
+        if lane >= 0:      # first: as soon as the socket is polled, it may announce a payload
+            self.lane = Lane(poller, self, lane)
+        try:
+            self.enter(poller, fd)
+        except BaseException:
+            if self.lane is not None:
+                self.lane.disown()
+            raise
         if ring is not None:
             self.ring.token = self.token
-        if lane >= 0:
-            try:
-                self.lane = Lane(poller, self, lane)
-            except TransportError:
-                self.fd = -1      # the caller still owns it
-                del poller.entries[self.token]
-                raise
 
     def __init__(self, *args, **kwargs):
         pass
@@ -227,7 +227,8 @@ cdef class StreamConnection(LaneOwner):
 
     def waiting(self):
         """Return how many messages of earlier sends are queued on this side."""
-        return len(self.queue)
+        cdef Py_ssize_t apart = 0 if self.lane is None else len(self.lane.queue)
+        return max(<Py_ssize_t>len(self.queue), apart)      # most have something in both
 
     def progress(self):
         """Return a number that grows as the peer takes what is queued."""
@@ -462,8 +463,8 @@ cdef class StreamConnection(LaneOwner):
             self.finish(events, self.end_reason(0))
         return 0
 
-    cdef int on_lane_end(self, list events, object reason) except -1:
-        return self.finish(events, None if self.closing else self.error or reason)
+    cdef int on_lane_end(self, list events, Py_ssize_t result) except -1:
+        return self.finish(events, self.end_reason(result))
 
     cdef int wait_for_lane(self) except -1:
         """Put the end off: payloads that were sent before it are on their way."""
@@ -476,9 +477,7 @@ cdef class StreamConnection(LaneOwner):
     def give_up(self):
         """End although payloads are missing: nothing else will come."""
         cdef list events = []
-        self.finish(events, self.error or TransportError(
-            f"cannot receive from {self.peer_address}: it ended in the middle of a message"
-        ))
+        self.finish(events, self.end_reason(0))
         for connection, item in events:
             self.poller.post(connection, item)
 
@@ -521,7 +520,7 @@ cdef class StreamConnection(LaneOwner):
             return self.error
         if result < 0:
             return failure(f"receive from {self.peer_address}", <int>-result)
-        if self.stage != IN_HEADER or self.end > 0 or self.payload is not None:
+        if self.stage != IN_HEADER or self.end > 0 or self.payload is not None or self.held:
             return TransportError(
                 f"cannot receive from {self.peer_address}: it ended in the middle of a message"
             )

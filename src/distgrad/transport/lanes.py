@@ -42,7 +42,7 @@ class Purpose:
         Raises
         ------
         TransportError
-            The peer has gone.
+            The peer has gone, or means something else.
         """
         try:
             data = sock.recv(1 + _TOKEN_NBYTES - len(self._message))
@@ -51,6 +51,8 @@ class Purpose:
         if not data:
             raise TransportError("cannot tell what a socket is for: the peer went away")
         self._message += data
+        if self._message[:1] not in (_FIRST, _LANE):
+            raise TransportError("cannot tell what a socket is for: it begins with another byte")
         return len(self._message) == 1 + _TOKEN_NBYTES
 
     @property
@@ -73,9 +75,13 @@ class Pairing:
     def __init__(self, poller: Poller) -> None:
         self._poller = poller
         self._waiting: dict[bytes, tuple[socket.socket, Any, Any]] = {}
+        self._closed = False
 
     def add(self, sock: socket.socket, identity: Any, token: bytes) -> None:
         """Keep a first socket; takes it over."""
+        if self._closed or token in self._waiting:  # an honest peer has a token of its own
+            sock.close()
+            return
         timer = self._poller.call_later(config.handshake_timeout, lambda: self._drop(token))
         self._waiting[token] = sock, identity, timer
 
@@ -86,24 +92,32 @@ class Pairing:
         ------
         AuthenticationError
             This peer has no such connection.
+        OSError
+            The peer has gone; the first socket is closed.
         """
         if token not in self._waiting or self._waiting[token][1] != identity:
             lane.send(_REFUSED, socket.MSG_NOSIGNAL)
             raise AuthenticationError("cannot join a lane to a connection that the peer has not")
         sock, _, timer = self._waiting.pop(token)
         timer.cancel()
-        lane.send(_JOINED, socket.MSG_NOSIGNAL)
+        try:
+            lane.send(_JOINED, socket.MSG_NOSIGNAL)
+        except OSError:
+            sock.close()
+            raise
         return sock
 
     def close(self) -> None:
-        """Close all of them; idempotent."""
+        """Close all of them, and those that come later; idempotent, any thread."""
+        self._closed = True
         for token in list(self._waiting):
             self._drop(token)
 
     def _drop(self, token: bytes) -> None:
-        sock, _, timer = self._waiting.pop(token)
-        timer.cancel()
-        sock.close()
+        if waiting := self._waiting.pop(token, None):  # unless its lane came just now
+            sock, _, timer = waiting
+            timer.cancel()
+            sock.close()
 
 
 def announce(sock: socket.socket) -> bytes:

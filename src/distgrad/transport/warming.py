@@ -37,13 +37,18 @@ class Warmer:
     def order(self, slab: Slab, start: int, nbytes: int, done: Callable[[], None]) -> None:
         """Touch a part of a slab and then call ``done()``, on the thread of this object.
 
-        Does not block. ``done`` may raise `TransportError` where nobody waits any more.
+        Does not block; where there can be no thread, calls ``done()`` at once. That may raise
+        `TransportError` where nobody waits any more.
         """
         with self._lock:
-            self._jobs.put((slab, start, nbytes, done))
             if not self._running:
-                self._running = True
-                threading.Thread(target=self._run, name="distgrad-memory", daemon=True).start()
+                with suppress(RuntimeError):  # no thread is to be had
+                    threading.Thread(target=self._run, name="distgrad-memory", daemon=True).start()
+                    self._running = True
+            if self._running:
+                self._jobs.put((slab, start, nbytes, done))
+                return
+        done()  # so whoever reads waits for each page
 
     def _run(self) -> None:
         while (job := self._next()) is not None:
