@@ -4,11 +4,13 @@ import multiprocessing
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from distgrad import rpc
+from distgrad.config import config
 from distgrad.errors import WorkerLostError
 from distgrad.message import Call
 from distgrad.rpc.future import Future
@@ -153,6 +155,45 @@ def test_connection_that_ends_before_it_is_in_use_is_a_loss(ask, transport):
         (why,) = world.run(ask, ranks=[0])
         world.kill(1)
     assert "'worker1' is lost" in why
+
+
+def ask_too_often(rank):
+    worker = rpc.current_worker()
+    reach, asked = worker.agent.links._reach, threading.Event()
+
+    def reach_later(peer):
+        asked.wait(20)
+        return reach(peer)
+
+    def tick(now):
+        worker.agent.ticks.remove(tick)
+        try:
+            for number in range(50):
+                futures.append(worker.request(1, Call(f"{__name__}:twice", (number,), None)))
+        except WorkerLostError as error:
+            refused.set_result(str(error))
+        return float("inf")
+
+    futures, refused = [], Future(agent=worker.agent)
+    worker.agent.links._reach = reach_later
+    worker.agent.ticks.append(tick)
+    worker.agent.tick_by(time.monotonic())
+    why = refused.wait(20)
+    asked.set()
+    for future in futures:  # nobody waits for an answer that cannot come
+        with pytest.raises(WorkerLostError):
+            future.wait(10)
+    return why
+
+
+# The call that is refused has failed with the others before it is.
+@pytest.mark.filterwarnings("ignore:a failed future was never looked at")
+def test_too_many_messages_for_a_connection_that_is_being_made_are_a_loss(monkeypatch):
+    monkeypatch.setattr(config, "max_peer_bytes", 10 * 1024)
+    with World(2) as world:
+        (why,) = world.run(ask_too_often, ranks=[0])
+        world.kill(1)
+    assert "does not read what waits for it" in why
 
 
 def test_tick_that_fails_harms_nobody(caplog):

@@ -62,6 +62,10 @@ class Detour:
                     connection.send(message)
             self._messages.clear()
 
+    def abort(self) -> None:
+        """Forget what was kept, and send no more; see `Connection.abort`."""
+        self.fail(TransportError(f"cannot send to worker {self.peer}: too much was kept for it"))
+
     def fail(self, why: Exception) -> None:
         """Forget what was kept: the peer cannot be reached."""
         with self._lock:

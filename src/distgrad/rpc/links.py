@@ -143,6 +143,7 @@ class Links:
                 connection = self._reach(peer)
                 self._adopt(connection, peer)
                 if connection.peer is None:  # nobody will hear of its end
+                    connection.abort()
                     self._lose(peer, f"worker {self._world.name_of(peer)!r} is lost: {_AT_ONCE}")
             self._refuse_lost(peer)
             return self.routes.get(peer, connection)
@@ -208,7 +209,9 @@ class Links:
                     detour.join(connection)
                 self.routes[peer] = connection
 
-    def drop(self, connection: Connection, error: Exception | None) -> tuple[int, Exception] | None:
+    def drop(
+        self, connection: Connection | Detour, error: Exception | None
+    ) -> tuple[int, Exception] | None:
         """Note that a connection ended.
 
         Returns
@@ -218,7 +221,9 @@ class Links:
             nothing is new.
         """
         peer = connection.peer
-        if peer is None or connection not in self._open:
+        if peer is None or (
+            connection not in self._open and self._detours.get(peer) is not connection
+        ):
             return None
         name = self._world.name_of(peer)
         if peer in self.left:
