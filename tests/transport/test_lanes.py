@@ -1,7 +1,6 @@
 """Large payloads on a socket of their own: order, ends, strangers."""
 
 import gc
-import selectors
 import socket
 import tempfile
 import threading
@@ -15,14 +14,11 @@ import numpy as np
 import pytest
 
 from distgrad._codec import Frame, Outgoing
-from distgrad.config import config
-from distgrad.errors import AuthenticationError, ProtocolError, TransportError
-from distgrad.testing.transport_pair import Pair, expect, handshakes, message, polling, unraisable
+from distgrad.errors import ProtocolError, TransportError
+from distgrad.testing.transport_pair import Pair, expect, message
 from distgrad.transport._poller import Poller
 from distgrad.transport._pool import SlabPool, touch
 from distgrad.transport._stream import StreamConnection
-from distgrad.transport.handshake import authenticate
-from distgrad.transport.lanes import Pairing, announce, join
 from distgrad.transport.stream import TcpTransport
 from distgrad.transport.warming import Warmer
 
@@ -353,101 +349,4 @@ def test_descriptors_stay_with_the_caller_where_there_is_no_connection() -> None
         near.close()
         mine.close()
     assert poller.poll(0.0, False) == []
-    poller.close()
-
-
-# --- strangers
-
-
-def first_socket(pair: Pair, number: int) -> socket.socket:
-    """Connect and authenticate by hand."""
-    host, port = pair.listener.address.removeprefix("tcp://").split(":")
-    sock = socket.create_connection((host, int(port)), PATIENCE_S)
-    handshake = handshakes(number, connecting=True)(None)
-    authenticate(sock, handshake, time.monotonic() + PATIENCE_S, "there")
-    return sock
-
-
-def test_lane_of_another_peer_is_refused(pair: Pair) -> None:
-    with polling(pair.far), first_socket(pair, 3) as sock:
-        token = announce(sock)
-        with expect(AuthenticationError):
-            join(token, time.monotonic() + PATIENCE_S, "there", lambda: first_socket(pair, 4))
-        with expect(AuthenticationError):
-            join(bytes(32), time.monotonic() + PATIENCE_S, "there", lambda: first_socket(pair, 3))
-        with join(
-            token, time.monotonic() + PATIENCE_S, "there", lambda: first_socket(pair, 3)
-        ) as lane:
-            assert lane.fileno() >= 0
-    pair.until(lambda: len(pair.far.connections) == 2)
-    assert pair.far.connections[1].identity == 3
-
-
-def test_first_socket_whose_lane_never_comes_is_dropped(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(config, "handshake_timeout", 0.2)
-    with polling(pair.far), first_socket(pair, 3) as sock:
-        announce(sock)
-        sock.settimeout(PATIENCE_S)
-        assert sock.recv(1) == b""
-    assert len(pair.far.connections) == 1
-
-
-def test_token_cannot_be_used_by_two_connections_at_once(pair: Pair) -> None:
-    token = bytes(31) + b"\7"
-    with (
-        unraisable() as raised,
-        polling(pair.far),
-        first_socket(pair, 3) as sock,
-        first_socket(pair, 4) as other,
-    ):
-        sock.sendall(b"\0" + token)
-        other.sendall(b"\0" + token)
-        other.settimeout(PATIENCE_S)
-        sock.settimeout(PATIENCE_S)
-        with selectors.DefaultSelector() as selector:  # either may be the second
-            selector.register(sock, selectors.EVENT_READ)
-            selector.register(other, selectors.EVENT_READ)
-            [(key, _)] = selector.select(PATIENCE_S)
-        assert key.fileobj.recv(1) == b""
-        number = 4 if key.fileobj is sock else 3
-        deadline = time.monotonic() + PATIENCE_S
-        with join(token, deadline, "there", lambda: first_socket(pair, number)) as lane:
-            assert lane.fileno() >= 0
-    assert raised == []
-
-
-def test_socket_for_something_unknown_is_refused(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(config, "handshake_timeout", 10 * PATIENCE_S)
-    with polling(pair.far), first_socket(pair, 3) as sock:
-        sock.sendall(b"\2" + bytes(32))
-        sock.settimeout(PATIENCE_S)
-        assert sock.recv(1) == b""
-
-
-def test_first_socket_is_closed_where_its_lane_breaks() -> None:
-    poller = Poller()
-    pairing = Pairing(poller)
-    (first, one), (lane, other) = socket.socketpair(), socket.socketpair()
-    other.close()
-    pairing.add(first, 3, bytes(32))
-    with expect(OSError):
-        pairing.take(lane, 3, bytes(32))
-    assert first.fileno() == -1
-    one.close()
-    lane.close()
-    poller.close()
-
-
-def test_first_socket_that_comes_when_the_listener_closes_is_closed() -> None:
-    poller = Poller()
-    pairing = Pairing(poller)
-    first, one = socket.socketpair()
-    pairing.close()
-    pairing.add(first, 3, bytes(32))
-    assert first.fileno() == -1
-    one.close()
     poller.close()

@@ -65,6 +65,7 @@ cdef class StreamConnection(LaneOwner):
     cdef int accept_apart(self) except -1
     cdef int deliver(self, list events) except -1
     cdef int wait_for_lane(self) except -1
+    cdef int clear_queues(self) except -1
     cdef int parse(self, list events) except -1
     cdef int parse_messages(self, list events) except -1
     cdef int expect(self, void *target, Py_ssize_t nbytes) except -1

@@ -208,16 +208,23 @@ cdef class StreamConnection(LaneOwner):
         """Note that the socket cannot be written; the polling thread will see it end."""
         if self.error is None:
             self.error = failure(f"send to {self.peer_address}", code)
-        self.queue.clear()
+        self.clear_queues()
         self.arm()
-        if self.lane is not None:
-            self.lane.queue.clear()
         return self.shut()
+
+    cdef int clear_queues(self) except -1:
+        """Drop what is queued, but for what a thread is writing just now: it reads from there."""
+        if not self.writing:
+            self.queue.clear()
+        if self.lane is not None and not self.lane.writing:
+            self.lane.queue.clear()
+        return 0
 
     def refusal(self):
         """Return why a message cannot be sent."""
-        fact = self.error if self.error is not None else "the connection is closed"
-        return TransportError(f"cannot send to {self.peer_address}: {fact}")
+        if self.error is not None:
+            return TransportError(str(self.error))
+        return TransportError(f"cannot send to {self.peer_address}: the connection is closed")
 
     def flushed(self):
         """Whether nothing of earlier sends is queued on this side."""
@@ -259,10 +266,7 @@ cdef class StreamConnection(LaneOwner):
     def abort(self):
         """End at once and drop what is queued."""
         self.closing = True
-        if not self.writing:
-            self.queue.clear()
-        if self.lane is not None and not self.lane.writing:
-            self.lane.queue.clear()
+        self.clear_queues()
         self.shut()
 
     cdef int shut(self) except -1:

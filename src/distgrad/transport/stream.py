@@ -79,12 +79,17 @@ class StreamTransport(Transport):
 
         sock, identity = introduce()
         with sock:
-            if self.local:
-                ring = answer_offer(sock, deadline, address)
-                return self.adopt(sock, poller, address, identity, ring)
-            token = announce(sock)
-            lane = join(token, deadline, address, lambda: introduce()[0])
-            return self.adopt(sock, poller, address, identity, lane=lane)
+            try:
+                if self.local:
+                    ring = answer_offer(sock, deadline, address)
+                    return self.adopt(sock, poller, address, identity, ring)
+                token = announce(sock)
+                lane = join(token, deadline, address, lambda: introduce()[0])
+                return self.adopt(sock, poller, address, identity, lane=lane)
+            except OSError as error:  # the peer went away
+                raise TransportError(
+                    f"cannot connect to {address}: {error.strerror or error}"
+                ) from error
 
     def _introduce(
         self, address: str, new_handshake: HandshakeFactory, deadline: float
