@@ -10,6 +10,7 @@ import random
 import tracemalloc
 from pathlib import Path
 
+import golden_records  # noqa: F401 - registers the classes of the golden files
 import numpy as np
 import pytest
 from hypothesis import example, given, settings

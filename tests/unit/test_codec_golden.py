@@ -6,43 +6,18 @@ and stay as they are.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
-import enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
+from golden_records import Level, Mode, Point, Size
 from wire_values import same, whole
 
-from distgrad._codec import decode, encode, parse, register_record
+from distgrad._codec import decode, encode, parse
 
 GOLDEN = Path(__file__).parent / "golden"
-
-
-class Level(enum.Enum):
-    HIGH = "h"
-
-
-class Mode(enum.IntFlag):
-    READ = 1
-    WRITE = 2
-
-
-@dataclasses.dataclass
-class Point:
-    x: int
-    y: object = None
-
-
-class Size(NamedTuple):
-    width: int
-    height: int
-
-
-for record in (Level, Mode, Point, Size):
-    register_record(record, f"golden.{record.__name__}")
 
 
 def shared() -> object:
