@@ -207,6 +207,44 @@ def test_end_before_the_payload_is_here_waits_for_it(raw: Raw) -> None:
     assert raw.events[0].payload is not None
 
 
+def test_end_waits_for_a_lane_as_long_as_it_brings_bytes(raw: Raw) -> None:
+    head, payload = announced(np.arange(100_000.0))
+    raw.socket.sendall(head)
+    raw.socket.shutdown(socket.SHUT_RDWR)
+    for start in range(0, len(payload), 100_000):
+        raw.events += [item for _, item in raw.poller.poll(0.4, False)]
+        raw.lane.sendall(payload[start : start + 100_000])
+    assert raw.poll_until_ended() is None
+    assert raw.events[0].payload is not None
+
+
+def test_messages_behind_a_payload_that_does_not_come_take_little_memory(raw: Raw) -> None:
+    head, payload = announced(np.arange(100_000.0))
+    behind = b"".join(map(bytes, message(bytes(60_000)).parts()))
+    raw.socket.sendall(head)
+    raw.socket.setblocking(False)
+    sent = silent = 0
+    while silent < 50:  # until it has stopped to read
+        try:
+            sent += raw.socket.send(behind[sent % len(behind) :])
+            silent = 0
+        except BlockingIOError:
+            silent += 1
+        raw.events += [item for _, item in raw.poller.poll(0, False)]
+        assert sent < 80 << 20
+    assert raw.events == []
+    raw.lane.setblocking(False)
+    rest = memoryview(payload)
+    deadline = time.monotonic() + PATIENCE_S
+    while len(raw.events) < 1 + sent // len(behind):
+        assert time.monotonic() < deadline, len(raw.events)
+        if rest:
+            rest = rest[raw.lane.send(rest[:100_000]) :]
+        raw.events += [item for _, item in raw.poller.poll(0.01, False)]
+    raw.socket.close()
+    assert isinstance(raw.poll_until_ended(), TransportError | None)
+
+
 def test_faults_of_the_lane_name_the_peer(raw: Raw) -> None:
     head, payload = announced(np.arange(100_000.0))
     raw.socket.sendall(head)

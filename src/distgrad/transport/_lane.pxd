@@ -23,6 +23,7 @@ cdef class Arriving:
     cdef bytes meta
     cdef object payload            # None until its bytes are read
     cdef bint complete
+    cdef Py_ssize_t nbytes         # what it takes up while it waits, without what the lane brings
 
 
 # What a lane needs of its connection.

@@ -42,8 +42,11 @@ cdef class StreamConnection(LaneOwner):
     # --- large payloads apart from the messages
     cdef Lane lane                 # their socket; or None
     cdef object held               # deque of Arriving: in order, the first lacks its payload
+    cdef Py_ssize_t held_nbytes    # what they take up
+    cdef bint full                 # that is too much: read on when the lane has brought the next
     cdef bint apart                # the payload of the next message comes over the lane
     cdef object last_words         # Timer while the socket has ended and the lane has not; or None
+    cdef tuple brought             # what the lane had brought when it was set
     # --- input, of the polling thread
     cdef char *buffer              # BUFFER bytes
     cdef Py_ssize_t start          # first byte of the buffer that was not looked at
@@ -64,7 +67,9 @@ cdef class StreamConnection(LaneOwner):
     cdef int accept_loan(self) except -1
     cdef int accept_apart(self) except -1
     cdef int deliver(self, list events) except -1
+    cdef int hold(self, Py_ssize_t nbytes) except -1
     cdef int wait_for_lane(self) except -1
+    cdef int await_lane(self) except -1
     cdef int clear_queues(self) except -1
     cdef int parse(self, list events) except -1
     cdef int parse_messages(self, list events) except -1

@@ -8,7 +8,8 @@ S1  The input side of a connection, its end and its file descriptor belong to th
 S6  With a ring, all bytes of messages go through it. The socket brings bells, chunks, and
     the end.
 S7  Messages are delivered in the order of their headers. A message behind one that lacks its
-    payload is held, unless its flags say that it may overtake.
+    payload is held, unless its flags say that it may overtake. While more than HELD bytes are
+    held, nothing is read from the socket: the payload comes over the other one.
 """
 
 from collections import deque
@@ -37,7 +38,7 @@ from distgrad.transport.base import Connection
 cimport cython
 
 cdef extern from "<sys/epoll.h>" nogil:
-    uint32_t EPOLLIN, EPOLLOUT
+    uint32_t EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT
 
 cdef extern from "<sys/socket.h>" nogil:
     int MSG_DONTWAIT
@@ -63,6 +64,8 @@ cdef Py_ssize_t NOTHING = -EAGAIN      # nothing to read now
 
 cdef enum:
     PAST_CACHES = 8 * 1024 * 1024      # arrays from here on are copied past the caches
+    HELD = 64 * 1024 * 1024            # most bytes of messages that wait for a payload
+    HELD_MESSAGE = 512                 # what one of them takes up beside its bytes, about
 
 cdef bytes APART_RECORD = bytes([APART_MARK]) + bytes(RECORD - 1)
 
@@ -289,6 +292,8 @@ cdef class StreamConnection(LaneOwner):
             self.poller.attend(self.ring)
         elif not what & ~EPOLLOUT:
             return False
+        elif what & (EPOLLERR | EPOLLHUP):
+            self.full = False       # the peer has gone: there is not much left to read
         if self.missing > HOLD_GIL:
             with nogil:
                 result = self.receive()
@@ -350,6 +355,8 @@ cdef class StreamConnection(LaneOwner):
         """
         cdef iovec pieces[2]
         cdef Py_ssize_t result, total = 0
+        if self.full:
+            return NOTHING
         while True:
             pieces[1].iov_base = self.buffer + self.end
             pieces[1].iov_len = BUFFER - self.end
@@ -445,12 +452,23 @@ cdef class StreamConnection(LaneOwner):
         message.meta = self.meta
         message.payload = self.payload
         message.complete = not self.apart
+        message.nbytes = HELD_MESSAGE + self.header.meta_nbytes
+        if message.complete:
+            message.nbytes += self.header.payload_nbytes
         self.held.append(message)
+        self.hold(message.nbytes)
         if not self.apart:
             return 0
         if self.lane.ended or not self.header.payload_nbytes:
             raise ProtocolError("cannot receive: a payload is announced and will not come")
         return self.lane.expect(message)
+
+    cdef int hold(self, Py_ssize_t nbytes) except -1:
+        """Count bytes that are held, or no longer; read while they are not too many (S7)."""
+        self.held_nbytes += nbytes
+        self.full = self.held_nbytes > HELD
+        self.wanted = 0 if self.full else EPOLLIN
+        return self.arm()
 
     cdef int on_payload(self, list events) except -1:
         """Report the held messages that are complete, up to the first that is not."""
@@ -458,6 +476,7 @@ cdef class StreamConnection(LaneOwner):
         try:
             while self.held and (<Arriving>self.held[0]).complete:
                 message = self.held.popleft()
+                self.hold(-message.nbytes)
                 frame = make_frame(&message.header, message.meta, message.payload)
                 if not self.closing:
                     events.append((self, frame))
@@ -473,14 +492,22 @@ cdef class StreamConnection(LaneOwner):
     cdef int wait_for_lane(self) except -1:
         """Put the end off: payloads that were sent before it are on their way."""
         if self.last_words is None:
-            self.last_words = self.poller.call_later(CLOSE_FLUSH_S, self.give_up)
+            self.await_lane()
         if self.poller.hot is self:
             self.poller.hot = None
         return self.leave_poller()
 
+    cdef int await_lane(self) except -1:
+        self.brought = (len(self.held), self.lane.missing)
+        self.last_words = self.poller.call_later(CLOSE_FLUSH_S, self.give_up)
+        return 0
+
     def give_up(self):
-        """End although payloads are missing: nothing else will come."""
+        """End although payloads are missing, unless the lane still brings bytes."""
         cdef list events = []
+        if self.brought != (len(self.held), self.lane.missing):
+            self.await_lane()
+            return
         self.finish(events, self.end_reason(0))
         for connection, item in events:
             self.poller.post(connection, item)
