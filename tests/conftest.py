@@ -44,6 +44,9 @@ settings.load_profile("distgrad")
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "deadline(seconds): fail a phase that takes longer")
     config.addinivalue_line("markers", "packaging: builds and installs the package")
+    # A shell that starts the run in the background has it ignore Ctrl-C, and all its children too.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Not captured yet, so what is written here is seen even if the run is cut short.
     config.stash[STDERR] = os.dup(2)
 
