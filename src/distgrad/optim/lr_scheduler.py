@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from copy import copy
 from math import cos, inf, pi
 from typing import Any, Protocol
 
@@ -31,7 +32,42 @@ class HasGroups(Protocol):
     param_groups: list[dict[str, Any]]
 
 
-class LRScheduler(ABC):
+class _Schedule:
+    """What all have in common: an optimizer, and a state."""
+
+    _state: tuple[str, ...]  # attributes that say where it stands
+
+    def __init__(self, optimizer: HasGroups) -> None:
+        if not hasattr(optimizer, "param_groups"):
+            raise TypeError(f"cannot schedule {type(optimizer).__name__}: it has no param_groups")
+        self.optimizer = optimizer
+
+    def get_last_lr(self) -> list[float]:
+        """Return the rates that are set now."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the scheduler stands; the rates are in the optimizer's state."""
+        return {name: copy(getattr(self, name)) for name in self._state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where another scheduler stood, with the optimizer's state as it was then.
+
+        Raises
+        ------
+        ValueError
+            If it was of another kind.
+        """
+        if not isinstance(state_dict, dict) or state_dict.keys() != set(self._state):
+            raise ValueError(
+                f"cannot load the state of a {type(self).__name__}: expected a dict with "
+                f"{', '.join(self._state)}"
+            )
+        for name, value in state_dict.items():
+            setattr(self, name, copy(value))
+
+
+class LRScheduler(_Schedule, ABC):
     """Sets the learning rates of an optimizer, now and at every `step`.
 
     Parameters
@@ -48,10 +84,10 @@ class LRScheduler(ABC):
         If a group has no ``initial_lr`` to go on from.
     """
 
+    _state = ("last_epoch", "base_lrs")
+
     def __init__(self, optimizer: HasGroups, last_epoch: int = -1) -> None:
-        if not hasattr(optimizer, "param_groups"):
-            raise TypeError(f"cannot schedule {type(optimizer).__name__}: it has no param_groups")
-        self.optimizer = optimizer
+        super().__init__(optimizer)
         self.last_epoch = last_epoch + 1
         for number, group in enumerate(optimizer.param_groups):
             if last_epoch == -1:
@@ -75,27 +111,6 @@ class LRScheduler(ABC):
         """Go on by one; call it after the optimizer's step."""
         self.last_epoch += 1
         self._apply(first=False)
-
-    def get_last_lr(self) -> list[float]:
-        """Return the rates that are set now."""
-        return [group["lr"] for group in self.optimizer.param_groups]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return where the scheduler stands; the rates are in the optimizer's state."""
-        return {"last_epoch": self.last_epoch, "base_lrs": list(self.base_lrs)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where another scheduler stood, with the optimizer's state as it was then.
-
-        Raises
-        ------
-        ValueError
-            If it was of another kind.
-        """
-        if not isinstance(state_dict, dict) or state_dict.keys() != self.state_dict().keys():
-            raise _foreign_state(self)
-        self.last_epoch = state_dict["last_epoch"]
-        self.base_lrs = list(state_dict["base_lrs"])
 
     def _apply(self, first: bool) -> None:
         for number, group in enumerate(self.optimizer.param_groups):
@@ -266,7 +281,7 @@ class OneCycleLR(LRScheduler):
         return {"momentum": momentum}
 
 
-class ReduceLROnPlateau:
+class ReduceLROnPlateau(_Schedule):
     """Lowers the rate when a measured value stops improving.
 
     Parameters
@@ -290,6 +305,8 @@ class ReduceLROnPlateau:
         Smaller changes of the rate are not made.
     """
 
+    _state = ("best", "num_bad_epochs", "cooldown_counter")
+
     def __init__(
         self,
         optimizer: HasGroups,
@@ -306,9 +323,7 @@ class ReduceLROnPlateau:
             raise ValueError(f"cannot use factor={factor!r}: it must be in [0, 1)")
         if mode not in ("min", "max") or threshold_mode not in ("rel", "abs"):
             raise ValueError(f"cannot use mode={mode!r} with threshold_mode={threshold_mode!r}")
-        if not hasattr(optimizer, "param_groups"):
-            raise TypeError(f"cannot schedule {type(optimizer).__name__}: it has no param_groups")
-        self.optimizer = optimizer
+        super().__init__(optimizer)
         self.factor, self.patience, self.cooldown = factor, patience, cooldown
         self.min_lrs, self.eps = _each(min_lr, len(optimizer.param_groups)), eps
         self._sign = 1.0 if mode == "min" else -1.0
@@ -331,28 +346,6 @@ class ReduceLROnPlateau:
             self._reduce()
             self.cooldown_counter, self.num_bad_epochs = self.cooldown, 0
 
-    def get_last_lr(self) -> list[float]:
-        """Return the rates that are set now."""
-        return [group["lr"] for group in self.optimizer.param_groups]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return where the scheduler stands."""
-        names = ("best", "num_bad_epochs", "cooldown_counter")
-        return {name: getattr(self, name) for name in names}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where another scheduler stood.
-
-        Raises
-        ------
-        ValueError
-            If it was of another kind.
-        """
-        if not isinstance(state_dict, dict) or state_dict.keys() != self.state_dict().keys():
-            raise _foreign_state(self)
-        for name, value in state_dict.items():
-            setattr(self, name, value)
-
     def _is_better(self, value: float) -> bool:
         if self.best == inf:
             return value < inf
@@ -364,13 +357,6 @@ class ReduceLROnPlateau:
             lowered = max(group["lr"] * self.factor, least)
             if group["lr"] - lowered > self.eps:
                 group["lr"] = lowered
-
-
-def _foreign_state(scheduler: Any) -> ValueError:
-    return ValueError(
-        f"cannot load the state of a {type(scheduler).__name__}: expected a dict with "
-        f"{', '.join(scheduler.state_dict())}"
-    )
 
 
 def _cosine(start: float, end: float, part: float) -> float:
