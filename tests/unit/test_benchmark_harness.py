@@ -20,6 +20,7 @@ import measure
 
 ticks = itertools.count()
 measure.perf_counter = lambda: next(ticks) * float(sys.argv[2])  # so long takes everything
+measure.sleep = lambda seconds: None
 
 class Peer(measure.Peer):
     version = "1.0"
@@ -31,6 +32,12 @@ class Peer(measure.Peer):
         pass
     def time_fail(self):
         raise ValueError("out of order")
+    def tail_late(self, budget_s):
+        return measure.percentile_99(range(300)) / 1e5, measure.percentile_99([3, 1, 2]) / 1e5
+    def tail_many(self, budget_s):
+        calls = []
+        measure.tail(lambda: calls.append(1), budget_s)
+        return len(calls)
 
 measure.serve(Peer)
 """
@@ -47,9 +54,11 @@ def load(name: str) -> ModuleType:
 
 
 @pytest.fixture
-def harness() -> Iterator[ModuleType]:
+def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield load("harness")
-    sys.modules.pop("harness", None)
+    for name in ("harness", "systems"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -60,7 +69,10 @@ def report(harness: ModuleType) -> Iterator[ModuleType]:
 
 @pytest.fixture
 def measured(harness: ModuleType, tmp_path: Path) -> dict[str, Any]:
-    """A run with a fast, a slow and a missing system, one of whose cases fails."""
+    """A run with a fast, a slow and a missing system, one of whose cases fails.
+
+    Another one compares itself with the idle system.
+    """
     script = tmp_path / "peer.py"
     script.write_text(PEER.format(peers=str(BENCHMARKS / "peers")))
     systems = [
@@ -69,7 +81,12 @@ def measured(harness: ModuleType, tmp_path: Path) -> dict[str, Any]:
         harness.System("gone", [str(script), "absent", "0"]),
         harness.System("broken", [str(tmp_path / "no-such-file.py")]),
     ]
-    cases = [harness.Case("wait", "waiting"), harness.Case("fail", "failing")]
+    cases = [
+        harness.Case("wait", "waiting"),
+        harness.Case("fail", "failing"),
+        harness.Case("late", "being late"),
+        harness.Case("many", "number of samples"),
+    ]
     target = tmp_path / "results" / "rpc.json"
     arguments = ["--rounds", "3", "--seconds", "0.01", "--json", str(target)]
     harness.main("rpc", "a test", cases, systems, arguments)
@@ -91,6 +108,22 @@ def test_harness_names_what_is_missing_and_what_failed(measured: dict[str, Any])
     assert measured["systems"]["distgrad"]["version"] == "1.0"
     assert measured["failures"]["fail: distgrad"] == "ValueError: out of order"
     assert measured["machine"]["cores"] >= 1
+
+
+def test_harness_shows_how_much_is_above_idle(measured: dict[str, Any], report: Any) -> None:
+    numbers = measured["cases"]["late"]["systems"]["torch rpc"]
+    assert numbers["median_s"] == pytest.approx(296e-5)  # 297 of 300 are not above it
+    assert numbers["idle_s"] == pytest.approx(3e-5)
+    assert numbers["added_s"] == pytest.approx(293e-5)
+    assert len(numbers["idle_rounds_s"]) == 3
+    assert "idle_s" not in measured["cases"]["wait"]["systems"]["torch rpc"]
+    assert "2,930 µs above 30.0 µs idle" in report.full_tables({"rpc": measured})
+
+
+def test_harness_round_of_a_tail_ends_where_calls_take_long(measured: dict[str, Any]) -> None:
+    systems = measured["cases"]["many"]["systems"]
+    assert systems["distgrad"]["median_s"] == 300  # calls of three ticks of 1 ms
+    assert 1.0 / 0.015 <= systems["torch rpc"]["median_s"] < 1.0 / 0.015 + 2
 
 
 def test_report_tables_show_ratio_and_absence(measured: dict[str, Any], report: Any) -> None:
