@@ -2,7 +2,8 @@
 //
 // Calls `one(data)` of the module tests/fuzz/target_<name>.py for each input, where an exception
 // is a finding, and `repair(data)` after each mutation, so that inputs get past lengths and
-// checksums. fuzz.py builds and starts it; DISTGRAD_FUZZ_* are its orders.
+// checksums. Where it has a text `TRACED`, lines of Python in files with that in their path count
+// as reached code. fuzz.py builds and starts it; DISTGRAD_FUZZ_* are its orders.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -12,6 +13,9 @@
 #include <cstring>
 
 extern "C" size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t most);
+
+// libFuzzer looks for this section, and at these counters after each input.
+__attribute__((section("__libfuzzer_extra_counters"))) uint8_t lines[1 << 14];
 
 namespace {
 
@@ -39,6 +43,31 @@ void start_python()
     PyConfig_Clear(&config);
 }
 
+// Counts lines of traced files; PYTHONHASHSEED makes their places the same each time.
+int count_line(PyObject *traced, PyFrameObject *frame, int what, PyObject *)
+{
+    if (what != PyTrace_LINE)
+        return 0;
+    PyCodeObject *code = PyFrame_GetCode(frame);
+    Py_ssize_t length = PyUnicode_GET_LENGTH(code->co_filename);
+    if (PyUnicode_Find(code->co_filename, traced, 0, length, 1) >= 0) {
+        size_t file = (size_t)PyObject_Hash(code->co_filename);
+        uint8_t &count = lines[(file + (size_t)PyFrame_GetLineNumber(frame)) % sizeof(lines)];
+        count += count < 255;
+    }
+    Py_DECREF(code);
+    return 0;
+}
+
+void trace(PyObject *target)
+{
+    PyObject *traced = PyObject_GetAttrString(target, "TRACED");
+    if (traced)
+        PyEval_SetTrace(count_line, traced);
+    else
+        PyErr_Clear();
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerInitialize(int *, char ***)
@@ -48,6 +77,7 @@ extern "C" int LLVMFuzzerInitialize(int *, char ***)
     if (!target || !(one = PyObject_GetAttrString(target, "one")) ||
         !(repair = PyObject_GetAttrString(target, "repair")))
         give_up();
+    trace(target);
     return 0;
 }
 

@@ -61,6 +61,19 @@ def test_lane_of_another_peer_is_refused(pair: Pair) -> None:
     assert pair.far.connections[1].identity == 3
 
 
+def test_refusal_of_the_second_socket_is_one_of_the_peer(pair: Pair) -> None:
+    pair.listener._pairing.close()  # type: ignore[attr-defined]  # knows of no first socket
+    with (
+        polling(pair.far),
+        pytest.raises(
+            AuthenticationError, match=r"^cannot connect to \S*: its second socket"
+        ),
+    ):
+        pair.transport.connect(
+            pair.listener.address, pair.near.poller, handshakes(3, connecting=True), PATIENCE_S
+        )
+
+
 def test_first_socket_whose_lane_never_comes_is_dropped(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:

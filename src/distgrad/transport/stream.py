@@ -86,6 +86,8 @@ class StreamTransport(Transport):
                 token = announce(sock)
                 lane = join(token, deadline, address, lambda: introduce()[0])
                 return self.adopt(sock, poller, address, identity, lane=lane)
+            except (AuthenticationError, TransportError):  # they are among the next
+                raise
             except OSError as error:  # the peer went away
                 raise TransportError(
                     f"cannot connect to {address}: {error.strerror or error}"
