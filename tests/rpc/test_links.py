@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,8 +15,10 @@ from distgrad.config import config
 from distgrad.errors import WorkerLostError
 from distgrad.message import Call
 from distgrad.rpc.future import Future
+from distgrad.rpc.links import Links
 from distgrad.rpc.worker import Worker
 from distgrad.testing import World
+from distgrad.transport._poller import Poller
 
 
 @rpc.expose
@@ -230,3 +233,67 @@ def test_tick_that_fails_is_called_again():
         worker.agent.ticks.append(tick)
         worker.agent.tick_by(time.monotonic())
         done.wait(10)
+
+
+class NoticedLock:
+    """A lock that tells when somebody has to wait for it."""
+
+    def __init__(self, noticed):
+        self.lock = threading.Lock()
+        self.noticed = noticed
+
+    def __enter__(self):
+        if not self.lock.acquire(blocking=False):
+            self.noticed.set()
+            self.lock.acquire()
+
+    def __exit__(self, *_):
+        self.lock.release()
+
+
+class Link:
+    """A connection that runs something when it is asked for its peer."""
+
+    closed = False
+
+    def __init__(self, peer, on_look=lambda: None):
+        self._peer, self._on_look = peer, on_look
+
+    @property
+    def peer(self):
+        self._on_look()
+        return self._peer
+
+    def close(self):
+        pass
+
+    abort = close
+
+
+def test_connection_that_ends_while_its_worker_closes_all_of_them_is_taken_out():
+    closing, go_on, out_of_the_way = threading.Event(), threading.Event(), threading.Event()
+
+    def say_farewell(peer):
+        closing.set()
+        assert go_on.wait(20)
+
+    def close():
+        links.close(say_farewell)
+        out_of_the_way.set()
+
+    def let_close_go_on():
+        go_on.set()
+        assert out_of_the_way.wait(20)
+
+    world = SimpleNamespace(name_of=str, addresses_of=lambda peer: ())
+    links = Links(world, Poller(), lambda: True, lambda peer, why: None)
+    links._adopting = NoticedLock(out_of_the_way)
+    ended = Link(1)
+    links.routes[2] = Link(2)
+    links._open = {ended, links.routes[2], *(Link(3, let_close_go_on) for _ in range(5))}
+    closer = threading.Thread(target=close)
+    closer.start()
+    assert closing.wait(20)
+    assert links.drop(ended, None)[0] == 1
+    closer.join(20)
+    assert not links.connections

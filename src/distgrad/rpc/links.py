@@ -271,7 +271,8 @@ class Links:
                 connection.abort()
         for connection in list(self._open):
             connection.close()
-        self.routes.clear()
-        self._open.clear()
-        for peer in list(self.lost):  # the thread that polls may still add to them
+        with self._adopting:  # the thread that polls may still be in `drop`
+            self.routes.clear()
+            self._open.clear()
+        for peer in list(self.lost):  # same
             self._tidy(peer)
