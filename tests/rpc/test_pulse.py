@@ -1,6 +1,7 @@
 """A peer that was stopped is noticed; one that computes is left alone: real processes."""
 
 import ctypes
+import itertools
 import os
 import signal
 import socket
@@ -93,6 +94,60 @@ def wait_for_a_peer_that_pauses(rank):
 
 def test_peer_that_was_stopped_for_a_moment_is_not_lost(world):
     assert world.run(wait_for_a_peer_that_pauses, ranks=[0]) == [None]
+
+
+def pids(rank):
+    return rpc.rpc_sync(1, own_pid), rpc.rpc_sync(2, own_pid)
+
+
+def ask_across_a_pause(rank):
+    """Ask all others, from before everybody is stopped until after that."""
+    answers = [rpc.rpc_async(peer, sleep, (4 * INTERVAL_S,)) for peer in (1, 2) if peer != rank]
+    return [answer.wait() for answer in answers] + [rpc.rpc_sync(0, own_pid) > 0]
+
+
+@pytest.mark.parametrize("pause", [2.6, 3.4])  # in intervals; one ends when patience does
+def test_peers_that_go_on_after_who_asks_them_are_not_lost(world, pause):
+    """They were stopped, then asked, and then who asked was stopped too."""
+    judge = world.run(own_pid_of, ranks=[0])[0]
+    others = world.run(pids, ranks=[0])[0]
+    moment = threading.Event()
+    for pid in others:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        moment.wait(1.2 * INTERVAL_S)  # it asks both meanwhile
+        os.kill(judge, signal.SIGSTOP)
+        moment.wait(pause * INTERVAL_S)
+        os.kill(judge, signal.SIGCONT)
+        moment.wait(0.3 * INTERVAL_S)  # the time that the others may come later
+    finally:
+        for pid in (judge, *others):
+            os.kill(pid, signal.SIGCONT)
+    assert world.run(pids, ranks=[0])[0] == others
+
+
+def own_pid_of(rank):
+    return os.getpid()
+
+
+def test_workers_that_were_all_stopped_go_on_in_any_order(extent):
+    orders = list(itertools.permutations(range(3)))
+    with World(3, transport="tcp", heartbeat_interval=INTERVAL_S) as world:
+        processes = world.run(own_pid_of)
+        for order in orders if extent(0, 1) else (orders[0], orders[-1]):
+            found, moment = [], threading.Event()
+            asking = threading.Thread(
+                target=lambda found=found: found.extend(world.run(ask_across_a_pause))
+            )
+            asking.start()
+            for pid in processes:
+                os.kill(pid, signal.SIGSTOP)
+            moment.wait(3.5 * INTERVAL_S)
+            for rank in order:
+                os.kill(processes[rank], signal.SIGCONT)
+                moment.wait(0.3 * INTERVAL_S)
+            asking.join(30)
+            assert [answers[-1] for answers in found] == [True] * 3
 
 
 def knock(address):

@@ -8,7 +8,9 @@ doors of the peers that it is connected to, each in turn, once an interval.
 Invariants
     1. Only silence counts: a host that took the knock, and a process that gave nothing for
        `PATIENCE` intervals. Who refuses has ended, and its connections say so.
-    2. Who slept itself does not judge: it knocks again.
+    2. Who slept itself does not judge: the silence of an interval whose end it slept through is
+       its own, and it counts anew. Processes that are stopped together, as by Ctrl-Z, go on in any
+       order, and each gives the others `PATIENCE` - 1 whole intervals then.
     3. Nothing here blocks the thread that polls.
 """
 
@@ -228,8 +230,12 @@ class _Knock:
         except BaseException:
             self._sock.close()
             raise
-        self._due = time.monotonic() + rounds.patience_s
-        self._timer = rounds.poller.call_later(rounds.patience_s, self._expire)
+        self._silences = 0  # intervals that passed without an answer, while this process ran
+        self._wait()
+
+    def _wait(self) -> None:
+        self._due = time.monotonic() + self._rounds.interval_s
+        self._timer = self._rounds.poller.call_later(self._rounds.interval_s, self._expire)
 
     def drop(self) -> None:
         """Forget the question."""
@@ -254,8 +260,12 @@ class _Knock:
         taken = self._is_taken()
         if self._look():
             return
+        self._silences = 0 if late else self._silences + 1
+        if self._silences < PATIENCE:
+            self._wait()
+            return
         self.drop()
-        if taken and not late:
+        if taken:
             self._rounds.silent(self._peer)
         else:
             self._rounds.heard(self._peer)
