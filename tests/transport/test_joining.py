@@ -65,9 +65,7 @@ def test_refusal_of_the_second_socket_is_one_of_the_peer(pair: Pair) -> None:
     pair.listener._pairing.close()  # type: ignore[attr-defined]  # knows of no first socket
     with (
         polling(pair.far),
-        pytest.raises(
-            AuthenticationError, match=r"^cannot connect to \S*: its second socket"
-        ),
+        pytest.raises(AuthenticationError, match=r"^cannot connect to \S*: its second socket"),
     ):
         pair.transport.connect(
             pair.listener.address, pair.near.poller, handshakes(3, connecting=True), PATIENCE_S

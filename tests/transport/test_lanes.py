@@ -281,6 +281,39 @@ def test_end_of_the_lane_alone_is_found_by_the_next_payload(raw: Raw) -> None:
     assert isinstance(raw.poll_until_ended(), (ProtocolError, TransportError))
 
 
+def test_end_of_the_lane_while_a_payload_is_queued_for_it_is_an_error(raw: Raw) -> None:
+    assert not raw.connection.send(message(np.ones(LARGE)))
+    raw.lane.close()
+    assert "cannot send to test" in str(raw.poll_until_ended())
+    assert raw.connection.flushed()
+
+
+def test_end_of_the_lane_that_is_seen_in_the_middle_of_a_send_refuses_it(raw: Raw) -> None:
+    content, refusal = message(np.ones(100_000)), "none"
+
+    def poll(phase: str, info: Any) -> None:  # as another thread does
+        gc.callbacks.clear()
+        raw.events += [item for _, item in raw.poller.poll(0.0, False)]
+
+    content.seal()
+    raw.lane.close()
+    callbacks, threshold = list(gc.callbacks), gc.get_threshold()
+    gc.callbacks.append(poll)
+    kept: list[list[int]] = [[] for _ in range(200)]  # so that new lists take new memory
+    gc.set_threshold(1)
+    try:
+        raw.connection.send(content)
+    except TransportError as error:
+        refusal = str(error)
+    finally:
+        gc.set_threshold(*threshold)
+        assert poll not in gc.callbacks
+        gc.callbacks[:] = callbacks
+    assert "cannot send to test" in refusal
+    assert len(kept) == 200
+    assert "cannot send to test" in str(raw.poll_until_ended())
+
+
 @pytest.mark.parametrize(
     "head",
     [

@@ -8,12 +8,13 @@ L2  In one turn of the poller a lane moves at most TURN bytes each way, and it i
     and so have threads that wait for the processor.
 L3  Nothing is read into fresh memory: another thread touches it first, a bounded piece ahead,
     since a page may take milliseconds. The fields of a lane belong to the polling thread.
-L4  A lane ends with its connection, and a fault of it ends the connection.
+L4  A lane ends with its connection, and a fault of it ends the connection. If it ends and
+    there is nothing on it or for it, payloads go behind their messages from then on.
 """
 
 from collections import deque
 
-from libc.errno cimport EAGAIN, EINTR, ENOMEM, errno
+from libc.errno cimport EAGAIN, EINTR, ENOMEM, EPIPE, errno
 from libc.stdint cimport uint32_t
 
 from distgrad.transport._outlet cimport Outlet
@@ -131,6 +132,8 @@ cdef class Lane(Outlet):
         if self.ended or not what & ~EPOLLOUT:
             return False
         if self.missing == 0:      # nothing is due: the peer has closed it
+            if self.queue or self.writing:
+                self.broke(EPIPE)
             self.finish()
             return False
         with nogil:

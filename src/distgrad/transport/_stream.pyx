@@ -15,7 +15,7 @@ S7  Messages are delivered in the order of their headers. A message behind one t
 from collections import deque
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.errno cimport EAGAIN, ECONNRESET, EINTR, errno
+from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EPIPE, errno
 from libc.stdint cimport uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove
@@ -177,6 +177,8 @@ cdef class StreamConnection(LaneOwner):
         lane.queue.append(payload)
         self.drain()
         lane.drain()
+        if lane.ended and not payload.done:     # since it was looked at
+            self.broke(EPIPE)
         if self.error is not None and not (head.done and payload.done):
             raise self.refusal()
         return head.done and payload.done
