@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 
 from distgrad import rpc
-from distgrad.errors import WorkerLostError
+from distgrad.config import config
+from distgrad.errors import DistgradError, RpcTimeoutError, WorkerLostError
 from distgrad.testing import World
 
 PATIENCE_S = 20.0
@@ -34,6 +36,22 @@ def large() -> np.ndarray:
 @rpc.expose
 def number(value: int) -> int:
     return value
+
+
+@rpc.expose
+def own_pid() -> int:
+    return os.getpid()
+
+
+@rpc.expose
+def total(array: np.ndarray) -> int:
+    kept.setdefault("totals", []).append(int(array.sum()))
+    return kept["totals"][-1]
+
+
+@rpc.expose
+def totals() -> list[int]:
+    return kept["totals"]
 
 
 @rpc.expose
@@ -63,6 +81,79 @@ def wait_for_one_that_dies(rank: int) -> None:
         with pytest.raises(WorkerLostError):
             wait.wait(PATIENCE_S)
     assert rpc.rpc_sync(2, number, (7,)) == 7
+
+
+def give_a_stopped_one_up(array: np.ndarray, calls: int) -> list[str]:
+    """Call a worker that takes nothing with little time, again and again; then let it go on."""
+    pid = rpc.rpc_sync(1, own_pid)
+    failures = []
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for _ in range(calls):
+            with pytest.raises(DistgradError) as caught:
+                rpc.rpc_sync(1, total, (array,), timeout=0.3)
+            failures.append(type(caught.value))
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    return failures
+
+
+def give_up_and_go_on(rank: int) -> None:
+    array = np.ones(LARGE, np.uint8)
+    assert give_a_stopped_one_up(array, 3) == [RpcTimeoutError] * 3
+    array[:] = 2
+    assert rpc.rpc_sync(1, total, (array,)) == 2 * LARGE
+    assert {*rpc.rpc_sync(1, totals)} <= {LARGE, 2 * LARGE}  # nobody got a part of each
+
+
+def interrupt_and_go_on(rank: int) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    pid = rpc.rpc_sync(1, own_pid)
+    array = np.ones(LARGE, np.uint8)
+    os.kill(pid, signal.SIGSTOP)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            rpc.rpc_async(1, total, (array,), timeout=0)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    array[:] = 2
+    assert rpc.rpc_sync(1, total, (array,)) == 2 * LARGE
+    assert {*rpc.rpc_sync(1, totals)} <= {LARGE, 2 * LARGE}
+
+
+def give_up_once_too_often(rank: int) -> None:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        failures = give_a_stopped_one_up(np.ones(LARGE, np.uint8), 3)
+    assert [str(warning.message) for warning in warned] == []  # all failures were told
+    assert failures == [RpcTimeoutError, WorkerLostError, WorkerLostError]
+
+
+@pytest.fixture
+def only_calls_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is stopped is not noticed by other means, but for TCP's after 15 s."""
+    monkeypatch.setattr(config, "stall_timeout", 600.0)
+    monkeypatch.setattr(config, "heartbeat_interval", 0.0)
+
+
+@pytest.mark.usefixtures("only_calls_end")
+@pytest.mark.parametrize(("shared", "transport"), [(False, "unix"), (True, "tcp")])
+@pytest.mark.parametrize("go_on", [give_up_and_go_on, interrupt_and_go_on])
+def test_call_ends_in_time_though_the_peer_does_not_take_its_array(
+    monkeypatch: pytest.MonkeyPatch, go_on: Any, shared: bool, transport: str
+) -> None:
+    monkeypatch.setattr(config, "shared_memory", shared)
+    with World(2, transport=transport) as world:
+        world.run(go_on, ranks=[0])
+
+
+@pytest.mark.usefixtures("only_calls_end")
+def test_calls_that_end_leave_behind_no_more_than_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "max_peer_bytes", LARGE)
+    with World(2, transport="tcp") as world:
+        world.run(give_up_once_too_often, ranks=[0])
+        world.kill(1)
 
 
 @pytest.mark.parametrize("transport", ["unix", "tcp"])

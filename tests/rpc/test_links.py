@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -180,17 +181,19 @@ def ask_too_often(rank):
     futures, refused = [], Future(agent=worker.agent)
     worker.agent.links._reach = reach_later
     worker.agent.ticks.append(tick)
-    worker.agent.tick_by(time.monotonic())
-    why = refused.wait(20)
-    asked.set()
-    for future in futures:  # nobody waits for an answer that cannot come
-        with pytest.raises(WorkerLostError):
-            future.wait(10)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        worker.agent.tick_by(time.monotonic())
+        why = refused.wait(20)
+        asked.set()
+        for future in futures:  # nobody waits for an answer that cannot come
+            with pytest.raises(WorkerLostError):
+                future.wait(10)
+    # The call that is refused has failed with the others before it is: who made it knows.
+    assert [str(warning.message) for warning in warned] == []
     return why
 
 
-# The call that is refused has failed with the others before it is.
-@pytest.mark.filterwarnings("ignore:a failed future was never looked at")
 def test_too_many_messages_for_a_connection_that_is_being_made_are_a_loss(monkeypatch):
     monkeypatch.setattr(config, "max_peer_bytes", 10 * 1024)
     with World(2) as world:

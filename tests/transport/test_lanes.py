@@ -15,7 +15,7 @@ import pytest
 
 from distgrad._codec import Frame, Outgoing
 from distgrad.errors import ProtocolError, TransportError
-from distgrad.testing.transport_pair import Pair, expect, message
+from distgrad.testing.transport_pair import Pair, expect, message, polling
 from distgrad.transport._poller import Poller
 from distgrad.transport._pool import SlabPool, touch
 from distgrad.transport._stream import StreamConnection
@@ -113,6 +113,33 @@ def test_message_that_may_overtake_keeps_its_place_where_nothing_is_large(pair: 
         pair.near.connection.send(free(number) if number % 2 else message(number))
     pair.until(lambda: len(pair.far.events) == 100)
     assert pair.far.values() == list(range(100))
+
+
+def test_arrays_taken_back_while_they_are_sent_arrive_as_they_were(pair: Pair) -> None:
+    connection = pair.near.connection
+    with polling(pair.near), polling(pair.far):
+        for number in range(20):
+            array = np.full(LARGE // 8, float(number))
+            content = message(array)
+            if not connection.send(content):
+                assert connection.detach(content) is not None
+            array[:] = -1.0
+    pair.until(lambda: len(pair.far.events) == 20)
+    for number, received in enumerate(pair.far.values()):
+        assert received.min() == received.max() == number
+
+
+def test_arrays_taken_back_count_until_they_are_sent(pair: Pair) -> None:
+    connection = pair.near.connection
+    first, second = message(np.ones(LARGE)), message(np.ones(LARGE))
+    assert not connection.send(first)
+    assert not connection.send(second)
+    kept = connection.detach(first)
+    assert kept is not None
+    assert 0 < kept < 8 * LARGE  # some of it has left
+    assert connection.detach(second) == kept + 8 * LARGE
+    pair.until(connection.flushed)
+    assert connection.detach(second) == 0
 
 
 def test_large_messages_both_ways_at_once_arrive_equal(pair: Pair) -> None:

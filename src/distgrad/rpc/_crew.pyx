@@ -171,13 +171,14 @@ cdef class CrewCore(Desk):
             self.poller.wake()
         return 0
 
-    def drain(self, connection):
+    def drain(self, connection, double deadline=INFINITY):
         """Block until the kernel has taken all that was sent on a connection.
 
         Returns
         -------
         bool
-            False if the peer has taken nothing for ``config.stall_timeout`` seconds.
+            False if the peer has taken nothing for ``config.stall_timeout`` seconds, or the
+            deadline has passed.
         """
         cdef Waiter waiter = Waiter.__new__(Waiter)
         cdef Future sent = Future.__new__(Future)
@@ -191,7 +192,9 @@ cdef class CrewCore(Desk):
                     since = now
                 elif now - since > config.stall_timeout:
                     return False
-                until = now + 0.001
+                if now >= deadline:
+                    return False
+                until = min(now + 0.001, deadline)
                 if waiter.leads or self.leadership.try_lead():
                     self.lead(waiter, sent, until)
                 else:

@@ -92,9 +92,11 @@ cdef class Exchange:
         self, int to, uint8_t kind, tuple body, double timeout, object chain, str what
     )
     cdef int compose(self, RpcFuture future, Outgoing message, Session session) except -1
-    cdef int transmit(self, object connection, Outgoing message) except -1
-    cdef int hold_back(self, object connection, Outgoing message) except -1
-    cdef int drain(self, object connection, Outgoing message) except -1
+    cdef int transmit(self, object connection, Outgoing message, double deadline=*) except -1
+    cdef int hold_back(self, object connection, Outgoing message, double deadline) except -1
+    cdef int drain(self, object connection, Outgoing message, double deadline) except -1
+    cdef bint leave_behind(self, object connection, Outgoing message) except -1
+    cdef bint is_unread(self, object connection) except -1
     cdef str unread(self, object connection)
     cdef object route(self, int peer)
     cdef int resolve_id(self, object to) except -1

@@ -312,11 +312,15 @@ cdef class Exchange:
                 self.tick_by(future.deadline)
         self.issued += 1
         try:
-            self.transmit(connection, message)
-        except TransportError:
-            self.pending.take(future)
-            session.drop()
-            self._take_back(future.context_id, future.message_id)
+            self.transmit(connection, message, future.deadline)
+        except BaseException as error:      # who called hears of it, and has no future to look at
+            future._observed = True
+            if isinstance(error, TransportError):
+                self.pending.take(future)
+                session.drop()
+                self._take_back(future.context_id, future.message_id)
+            else:                           # Ctrl-C
+                self.forget(future)
             raise
         return future
 
@@ -345,7 +349,9 @@ cdef class Exchange:
             self.crew.wake_at = when
             self.crew.poller.wake()
 
-    cdef int transmit(self, object connection, Outgoing message) except -1:
+    cdef int transmit(
+        self, object connection, Outgoing message, double deadline=INFINITY
+    ) except -1:
         try:
             sent = connection.send(message)
         except TransportError as error:
@@ -356,8 +362,8 @@ cdef class Exchange:
             if self.unsent:
                 self.unsent.pop(connection, None)
         elif not self.crew.polls_here():
-            self.hold_back(connection, message)
-        elif <uint64_t>connection.waiting() > self.ledger.most // REQUEST_NBYTES:
+            self.hold_back(connection, message, deadline)
+        elif self.is_unread(connection):
             error = self.unread(connection)
             self._reject(connection, ProtocolError(error))
             raise WorkerLostError(error)
@@ -367,30 +373,48 @@ cdef class Exchange:
         name = self.worker.world.name_of(connection.peer)
         return f"cannot send to worker {name!r}: it does not read what waits for it"
 
-    cdef int hold_back(self, object connection, Outgoing message) except -1:
+    cdef int hold_back(self, object connection, Outgoing message, double deadline) except -1:
         """Wait for the kernel if arrays of the caller, or much else, have not left yet."""
         queued = self.unsent.get(connection, 0) + message.head_nbytes
         if message.payload_nbytes == 0 and queued <= MOST_UNSENT:
             self.unsent[connection] = queued    # whoever polls sends it
         else:
             self.unsent.pop(connection, None)
-            self.drain(connection, message)
+            self.drain(connection, message, deadline)
         return 0
 
-    cdef int drain(self, object connection, Outgoing message) except -1:
+    cdef int drain(self, object connection, Outgoing message, double deadline) except -1:
         """Wait for the kernel; an answer that waits takes up memory, like the request did."""
         cdef uint64_t nbytes = REQUEST_NBYTES + <uint64_t>message.payload_nbytes
         cdef uint64_t *account = self.ledger.account(connection.peer, nbytes)
         cdef bint counts = message.kind == REPLY
         account[0] += counts * nbytes
         try:
-            if self.crew.drain(connection):
+            if self.crew.drain(connection, deadline):
                 return 0
+            if now_s() >= deadline and self.leave_behind(connection, message):
+                return 0
+        except BaseException:           # Ctrl-C: the arrays are the caller's again
+            connection.detach(message)
+            raise
         finally:
             account[0] -= counts * nbytes
         error = self.unread(connection)
         self.crew.poller.call(partial(self._reject, connection, ProtocolError(error)))
         raise WorkerLostError(error)
+
+    cdef bint leave_behind(self, object connection, Outgoing message) except -1:
+        """Let the rest of a request go out by itself: its caller waits no longer.
+
+        Returns False if the peer leaves too much unread.
+        """
+        nbytes = connection.detach(message)
+        if nbytes is None:      # another transport, or no memory for a copy
+            return self.crew.drain(connection)
+        return nbytes <= self.ledger.most and not self.is_unread(connection)
+
+    cdef bint is_unread(self, object connection) except -1:
+        return <uint64_t>connection.waiting() > self.ledger.most // REQUEST_NBYTES
 
     cdef object route(self, int peer):
         """Return the connection for sending to a peer; connects on first use."""

@@ -171,6 +171,21 @@ class TransportContract:
             for sent, received in zip(arrays, pair.far.values(), strict=True):
                 assert np.array_equal(sent, received)
 
+    def test_arrays_taken_back_arrive_as_they_were(self) -> None:  # T5
+        with self.pair() as pair:
+            connection = pair.near.connection
+            arrays = [np.full(4_000_000, float(n)) for n in range(3)]
+            messages = [message(array) for array in arrays]
+            for sent in messages:
+                connection.send(sent)
+            for sent, array in zip(messages, arrays, strict=True):
+                if connection.detach(sent) is None:
+                    pair.until(connection.flushed)
+                array[:] = -1.0
+            pair.until(lambda: len(pair.far.events) == 3 and connection.flushed())
+            for n, received in enumerate(pair.far.values()):
+                assert received.min() == received.max() == n
+
     def test_send_from_many_threads_keeps_the_order_of_each(self) -> None:  # T1
         with self.pair() as pair:
             filler = np.zeros(20_000)

@@ -24,8 +24,13 @@ cdef class Write:
     cdef int count                 # pieces
     cdef int num_views             # buffers to release
     cdef bint done                 # everything was handed over
+    cdef object message            # the Outgoing whose arrays these are; None if there are none
+    cdef char *copy                # what was left of them when their owner took them back; or NULL
+    cdef Py_ssize_t copy_nbytes
 
     cdef size_t advance(self, size_t nbytes) noexcept
+    cdef bint own(self) except -1
+    cdef int release_views(self) except -1
 
 
 cdef class Outlet(Pollable):
@@ -46,6 +51,8 @@ cdef class Outlet(Pollable):
     cdef int drain(self) except -1
     cdef int gather(self, iovec *pieces, size_t *total) except -1
     cdef int sent(self, size_t nbytes) except -1
+    # Read the arrays of a message no more; return the bytes of all copies, -1 if out of memory.
+    cdef Py_ssize_t let_go(self, object message) except -2
     cdef int arm(self) except -1
     cdef int shut(self) except -1
     # The socket cannot be written.

@@ -15,7 +15,7 @@ from cpython.buffer cimport PyBUF_ANY_CONTIGUOUS, PyBuffer_Release, PyObject_Get
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint32_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 from posix.uio cimport iovec
 from posix.unistd cimport close
 
@@ -38,6 +38,10 @@ cdef extern from "<sys/socket.h>" nogil:
     int shutdown(int fd, int how)
 
 
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+
 cdef object failure(str what, int code):
     return TransportError(f"cannot {what}: {os.strerror(code)}")
 
@@ -46,7 +50,8 @@ cdef object failure(str what, int code):
 cdef class Write:
     """What `Outlet` queues."""
 
-    def __cinit__(self, list parts not None, Py_ssize_t skip):
+    def __cinit__(self, list parts not None, Py_ssize_t skip, message=None):
+        self.message = message
         cdef Py_ssize_t n = len(parts)
         self.views = <Py_buffer*>malloc(n * sizeof(Py_buffer))
         self.pieces = <iovec*>malloc(n * sizeof(iovec))
@@ -74,12 +79,37 @@ cdef class Write:
         self.done = True
         return nbytes
 
-    def __dealloc__(self):
+    cdef bint own(self) except -1:
+        """Copy what is left, and let go of the arrays; False if out of memory."""
+        cdef char *place
         cdef int i
-        for i in range(self.num_views):
-            PyBuffer_Release(&self.views[i])
+        cdef Py_ssize_t nbytes = 0
+        for i in range(self.first, self.count):
+            nbytes += self.pieces[i].iov_len
+        self.copy = place = <char*>malloc(nbytes)
+        if place == NULL:
+            return False
+        self.copy_nbytes = nbytes
+        with nogil:
+            for i in range(self.first, self.count):
+                memcpy(place, self.pieces[i].iov_base, self.pieces[i].iov_len)
+                self.pieces[i].iov_base = place
+                place += self.pieces[i].iov_len
+        self.release_views()
+        self.message = None
+        return True
+
+    cdef int release_views(self) except -1:
+        while self.num_views:
+            self.num_views -= 1
+            PyBuffer_Release(&self.views[self.num_views])
+        return 0
+
+    def __dealloc__(self):
+        self.release_views()
         free(self.views)
         free(self.pieces)
+        free(self.copy)
 
 
 cdef class Outlet(Pollable):
@@ -186,6 +216,24 @@ cdef class Outlet(Pollable):
                 return 0
             self.queue.popleft()
         return 0
+
+    cdef Py_ssize_t let_go(self, object message) except -2:
+        """See ``_outlet.pxd``; waits while another thread is in a system call with the arrays."""
+        cdef Write write
+        cdef Py_ssize_t nbytes = 0
+        while self.writing:
+            with nogil:
+                sched_yield()
+        self.writing = True         # S2: whoever sends meanwhile leaves it in the queue
+        try:
+            for write in list(self.queue):
+                if write.message is message and not write.own():
+                    return -1
+                nbytes += write.copy_nbytes
+        finally:
+            self.writing = False
+            self.drain()
+        return nbytes
 
     cdef int arm(self) except -1:
         """Ask for EPOLLOUT while something is queued, and only then (S3)."""

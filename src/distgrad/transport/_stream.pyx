@@ -141,7 +141,7 @@ cdef class StreamConnection(LaneOwner):
             return self.send_small(message)
         if message.payload_nbytes >= APART and self.lane is not None and not self.lane.ended:
             return self.send_apart(message)
-        write = Write(message.parts(), 0)
+        write = Write(message.parts(), 0, message)
         if self.ring != NULL and message.payload_nbytes >= LENDABLE:
             write = self.lend(message, write)
         self.queue.append(write)
@@ -172,7 +172,7 @@ cdef class StreamConnection(LaneOwner):
         """Send the message here and its payload over the lane."""
         cdef Lane lane = self.lane
         cdef Write head = Write([APART_RECORD, message], 0)
-        cdef Write payload = Write(message.parts()[1:], 0)
+        cdef Write payload = Write(message.parts()[1:], 0, message)
         self.queue.append(head)         # no other thread comes between the two
         lane.queue.append(payload)
         self.drain()
@@ -245,6 +245,13 @@ cdef class StreamConnection(LaneOwner):
     def progress(self):
         """Return a number that grows as the peer takes what is queued."""
         return (<Outlet>self).taken + (self.lane.taken if self.lane is not None else 0)
+
+    def detach(self, Outgoing message not None):
+        """Read the arrays of a message no more; see `base.Connection.detach`."""
+        cdef Py_ssize_t nbytes = self.let_go(message), apart = 0
+        if self.lane is not None:
+            apart = self.lane.let_go(message)
+        return nbytes + apart if nbytes >= 0 and apart >= 0 else None
 
     # --- ending: any thread ---------------------------------------------------------------
 

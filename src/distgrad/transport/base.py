@@ -14,7 +14,7 @@ T3  Bytes that are not a frame end the connection they came on, and nothing else
     connection never resynchronises.
 T4  `Connection.send` and `abort` never wait; `close` waits a bounded time.
 T5  What a receiver gets is its own: later writes of the sender do not reach it once
-    `send` has returned True or `flushed` is true.
+    `send` has returned True, `flushed` is true, or `detach` has returned a number.
 T6  A peer that has not finished its handshake costs a bounded number of connections,
     bytes and seconds, and causes no event.
 """
@@ -110,6 +110,19 @@ class Connection(ABC):
         """Return a number that grows as the peer takes what is queued; None if unknown.
 
         A connection that tells is given up when the peer takes nothing for too long.
+        """
+        return None
+
+    def detach(self, message: Outgoing) -> int | None:
+        """Read the arrays of a queued message no more: copy what is left of them.
+
+        A call whose time is over ends so, though a part of it is still queued.
+
+        Returns
+        -------
+        int or None
+            How many bytes of such copies are queued; None if the arrays are still read, so
+            that the caller has to wait.
         """
         return None
 
