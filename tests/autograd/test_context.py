@@ -226,6 +226,85 @@ def test_tombstones_forget_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [n for n in range(26) if n in stones] == [25]
 
 
+blocks = threading.Event()
+late: list[Any] = []
+
+
+@rpc.expose
+def block() -> None:
+    blocks.set()
+    assert served.may_return.wait(30)
+
+
+def leave_a_call_that_waits_for_a_thread(rank: int) -> None:
+    blocks.clear()
+    served.forbid()
+    late[:] = [rpc.rpc_async("worker1", block)]
+    assert blocks.wait(30)
+    with dist_autograd.context():
+        late.append(rpc.rpc_async("worker1", context_here))
+        late.append(rpc.rpc_async("worker1", served.scale, args=(leaf(1.0),)))
+
+
+def outlive_contexts(rank: int) -> Any:
+    """Forget the others' contexts over those of this worker; then let it serve again."""
+    for _ in range(10):
+        with dist_autograd.context():
+            rpc.rpc_sync("worker0", served.scale, args=(leaf(1.0),))
+    served.permit()
+
+
+def wait_for_late_calls(rank: int) -> Any:
+    _, context_id, scaled = (call.wait() for call in late)
+    return context_id, scaled.detach().numpy()
+
+
+def counters_once_they_are(expected: Any, world: World) -> Any:
+    pause = threading.Event()
+    for _ in range(500):
+        found = world.run(lambda rank: served.counters())
+        if found == expected:
+            break
+        pause.wait(0.01)
+    return found
+
+
+def test_context_that_is_forgotten_and_comes_back_is_released_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("distgrad.autograd.tombstones._MOST", 4)
+    with World(2, num_worker_threads=1) as world:
+        on_first(world, leave_a_call_that_waits_for_a_thread)
+        world.run(outlive_contexts, ranks=[1])
+        context_id, scaled = on_first(world, wait_for_late_calls)
+        assert context_id is not None  # the call brought it back
+        assert_array_equal(scaled, [3.0])
+        assert counters_once_they_are([served.NOTHING] * 2, world) == [served.NOTHING] * 2
+
+
+def hold_a_context_and_use_it_late(rank: int) -> Any:
+    x = leaf(2.0)
+    with dist_autograd.context() as context_id:
+        for _ in range(10):
+            with dist_autograd.context():
+                rpc.rpc_sync("worker1", context_here)
+        seen = rpc.rpc_sync("worker1", context_here)
+        loss = rpc.rpc_sync("worker1", served.scale, args=(x,)).sum()
+        dist_autograd.backward(context_id, [loss])
+        return seen == context_id, dist_autograd.get_gradients(context_id)[x].numpy()
+
+
+def test_context_older_than_those_that_are_forgotten_is_a_context_as_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("distgrad.autograd.tombstones._MOST", 4)
+    with World(2) as world:
+        is_same, gradient = on_first(world, hold_a_context_and_use_it_late)
+        assert is_same
+        assert_array_equal(gradient, [3.0])
+        assert counters_once_they_are([served.NOTHING] * 2, world) == [served.NOTHING] * 2
+
+
 def test_context_used_in_a_second_thread(threads: World) -> None:
     def program(rank: int) -> Any:
         x = leaf(1.0)

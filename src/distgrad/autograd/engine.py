@@ -116,7 +116,7 @@ class Engine:
             part = self.parts.get(context_id)
             if part is None and context_id not in self._released:
                 part = self.parts[context_id] = ContextPart(self, context_id)
-        if self.lost:
+        if self.lost or self._released.doubtful(context_id):
             self._rejoin(context_id)
         return part
 
