@@ -1,12 +1,16 @@
 """A peer that was stopped is noticed; one that computes is left alone: real processes."""
 
 import ctypes
+import gc
 import itertools
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -171,6 +175,70 @@ def test_doors_answer_until_they_are_closed():
     for address in addresses:
         with pytest.raises(ConnectionRefusedError):
             knock(address)
+
+
+DOOR_WITHOUT_DESCRIPTORS = """
+import resource, sys
+from distgrad.rpc.pulse import Doors
+doors = Doors(["unix"], None)
+doors.attend("test")
+print(doors.addresses[0], doors._thread.native_id, flush=True)
+for line in sys.stdin:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (int(line), hard))
+    print("limit", flush=True)
+doors.close()
+"""
+
+
+def times_slept(task):
+    for line in (task / "status").read_text().splitlines():
+        if line.startswith("voluntary_ctxt_switches:"):
+            return int(line.split()[1])
+    raise AssertionError("the system does not tell")
+
+
+@pytest.mark.parametrize("most", [0, 3])
+def test_door_of_a_process_without_descriptors_waits_for_some_and_answers(most):
+    command = [sys.executable, "-c", DOOR_WITHOUT_DESCRIPTORS]
+    with (
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process,
+        socket.socket(socket.AF_UNIX) as sock,
+    ):
+        address, thread = process.stdout.readline().split()
+        assert knock(address) == b"\1"
+
+        def limit(count):
+            process.stdin.write(f"{count}\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "limit\n"
+
+        limit(most)  # not even the spare one can be used
+        sock.connect("\0" + address.removeprefix("unix://"))
+        task = Path(f"/proc/{process.pid}/task/{thread}")
+        before, deadline = times_slept(task), time.monotonic() + 20
+        while times_slept(task) < before + 3:  # who asks again and again does not sleep
+            assert time.monotonic() < deadline
+        limit(256)
+        sock.settimeout(20)
+        assert sock.recv(10) == b"\1"
+        assert knock(address) == b"\1"
+        process.stdin.close()
+        assert process.wait(20) == 0
+
+
+def test_doors_that_cannot_be_opened_leave_no_descriptor():
+    gc.collect()
+    before = os.listdir("/proc/self/fd")
+    idle = Doors((), None)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    with pytest.raises(OSError, match="assign"):
+        Doors(["unix", "tcp"], "192.0.2.1")
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    idle.attend("test")
+    idle.close()
 
 
 def test_heartbeat_interval_that_is_no_time_is_refused():

@@ -1,7 +1,7 @@
 # cython: auto_pickle=False, autotestdict=False
 """The thread behind a door: it says that this process runs, whatever Python does meanwhile."""
 
-from libc.errno cimport EINTR, EMFILE, ENFILE, errno
+from libc.errno cimport EAGAIN, EINTR, EMFILE, ENFILE, errno
 from posix.fcntl cimport O_RDONLY, open
 from posix.unistd cimport close
 
@@ -23,6 +23,7 @@ cdef extern from "<sys/socket.h>" nogil:
 
 cdef enum:
     MOST_DOORS = 4
+    PAUSE_MS = 20             # where the system cannot let anybody in just now
 
 
 def answer(list doors not None, int stop):
@@ -36,36 +37,51 @@ def answer(list doors not None, int stop):
         Descriptor that becomes readable when this shall end.
     """
     cdef pollfd watched[MOST_DOORS + 1]
-    cdef int count = <int>len(doors), i, spare
+    cdef int count = <int>len(doors), i
+    cdef int spare = -1       # descriptor that is kept for when there is no other one
+    cdef bint able
     if count > MOST_DOORS:
         raise ValueError(f"cannot answer at {count} doors: {MOST_DOORS} are allowed")
-    watched[0].fd, watched[0].events = stop, POLLIN
-    for i in range(count):
-        watched[i + 1].fd, watched[i + 1].events = doors[i], POLLIN
-    spare = reserve()
+    for i in range(count + 1):
+        watched[i].fd = stop if i == 0 else doors[i - 1]
+        watched[i].events = POLLIN
+        watched[i].revents = 0
     with nogil:
-        while poll(watched, count + 1, -1) >= 0 or errno == EINTR:
+        reserve(&spare)
+        while True:
+            if poll(watched, count + 1, -1) < 0:
+                if errno != EINTR:
+                    poll(NULL, 0, PAUSE_MS)
+                continue
             if watched[0].revents:
                 break
+            able = True
             for i in range(1, count + 1):
                 if watched[i].revents:
-                    spare = answer_one(watched[i].fd, spare)
-    close(spare)
+                    able &= answer_one(watched[i].fd, &spare)
+            if not able:          # who knocks stays at the door, which would wake this at once
+                poll(watched, 1, PAUSE_MS)
+        if spare >= 0:
+            close(spare)
 
 
-cdef int reserve() noexcept nogil:
-    return open("/dev/null", O_RDONLY | O_CLOEXEC)
+cdef void reserve(int *spare) noexcept nogil:
+    if spare[0] < 0:
+        spare[0] = open("/dev/null", O_RDONLY | O_CLOEXEC)
 
 
-cdef int answer_one(int door, int spare) noexcept nogil:
-    """Answer who knocks; return the descriptor kept for when there is no other one."""
+cdef bint answer_one(int door, int *spare) noexcept nogil:
+    """Answer who knocks; return False where the system does not let them in."""
     cdef char alive = 1
+    cdef bint able
     cdef int fd = accept4(door, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)
-    if fd < 0 and (errno == EMFILE or errno == ENFILE) and spare >= 0:
-        close(spare)
+    if fd < 0 and (errno == EMFILE or errno == ENFILE) and spare[0] >= 0:
+        close(spare[0])
+        spare[0] = -1
         fd = accept4(door, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)
-        spare = -1
+    able = fd >= 0 or errno == EAGAIN
     if fd >= 0:
         send(fd, &alive, 1, MSG_NOSIGNAL | MSG_DONTWAIT)
         close(fd)
-    return spare if spare >= 0 else reserve()
+    reserve(spare)
+    return able

@@ -31,7 +31,9 @@ from distgrad.transport.registry import transport_for
 
 __all__ = ["init_rpc", "shutdown"]
 
-_FILES_EACH = 3  # descriptors a peer: two that connect to each other at once have two connections
+# Descriptors a peer: two that connect to each other at once have two connections, over TCP of two
+# sockets each; and one knocks.
+_FILES_EACH = 5
 _FILES = 256  # for all else that a process has open
 
 

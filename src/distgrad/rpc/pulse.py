@@ -58,39 +58,41 @@ class Doors:
     def __init__(self, schemes: Sequence[str], host: str | None) -> None:
         self.addresses: list[str] = []
         self._sockets: list[socket.socket] = []
-        self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._stop = -1  # tells the thread to end
         self._thread: threading.Thread | None = None
-        if "unix" in schemes:
-            name = f"distgrad-{secrets.token_hex(8)}"
-            sock = socket.socket(socket.AF_UNIX)
-            sock.bind(f"\0{name}")  # in the abstract namespace: no file is left behind
-            self._open(sock, f"unix://{name}")
-        if "tcp" in schemes:
-            sock, address, _ = TcpTransport().bind(host)
-            self._open(sock, address)
         _doors.add(self)
-
-    def _open(self, sock: socket.socket, address: str) -> None:
-        sock.listen(_BACKLOG)
-        sock.setblocking(False)
-        self._sockets.append(sock)
-        self.addresses.append(address)
+        try:
+            if "unix" in schemes:
+                name = f"distgrad-{secrets.token_hex(8)}"
+                self._sockets.append(socket.socket(socket.AF_UNIX))
+                self._sockets[-1].bind(f"\0{name}")  # abstract: no file is left behind
+                self.addresses.append(f"unix://{name}")
+            if "tcp" in schemes:
+                sock, address, _ = TcpTransport().bind(host)
+                self._sockets.append(sock)
+                self.addresses.append(address)
+            for sock in self._sockets:
+                sock.listen(_BACKLOG)
+                sock.setblocking(False)
+        except BaseException:
+            self.abandon()
+            raise
 
     def attend(self, name: str) -> None:
         """Begin to answer."""
         if self._sockets:
             doors = [sock.fileno() for sock in self._sockets]
-            self._thread = threading.Thread(
+            self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            thread = threading.Thread(
                 target=answer, args=(doors, self._stop), name=f"distgrad-{name}-pulse", daemon=True
             )
-            self._thread.start()
+            thread.start()
+            self._thread = thread
 
     def close(self) -> None:
         """Answer no longer. Idempotent."""
-        if self._stop < 0:
-            return
-        os.eventfd_write(self._stop, 1)
-        if self._thread is not None:
+        if self._thread is not None and self._stop >= 0:
+            os.eventfd_write(self._stop, 1)
             self._thread.join()
         self.abandon()
 
