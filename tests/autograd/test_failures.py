@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,7 +129,9 @@ def test_backward_timeout_fails_the_pass_and_leaves_the_context_usable(trio: Wor
 
 
 class Lasting(dg.Function):
-    """The identity; its rule takes a while."""
+    """The identity; by the clock of the passes, its rule takes 1 000 s."""
+
+    clock = SimpleNamespace(offset=0.0, monotonic=lambda: time.monotonic() + Lasting.clock.offset)
 
     @staticmethod
     def forward(ctx: Any, x: Any) -> Any:
@@ -135,22 +139,26 @@ class Lasting(dg.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        threading.Event().wait(0.3)
+        Lasting.clock.offset += 1000.0
         return grad
 
 
 def too_slow_at_home(rank: int) -> None:
     x = dg.tensor([1.0], requires_grad=True)
     with dist_autograd.context() as context_id:
-        loss = Lasting.apply(rpc.rpc_sync("worker1", served.scale, args=(x,))).sum()
+        loss = Lasting.apply(rpc.rpc_sync("worker1", served.held, args=(x,))).sum()
         with pytest.raises(BackwardError) as caught:
-            dist_autograd.backward(context_id, [loss], timeout=0.2)
+            dist_autograd.backward(context_id, [loss], timeout=500)
         assert isinstance(caught.value.__cause__, RpcTimeoutError)
+        rpc.rpc_sync("worker1", served.let_go)
     assert [served.counters(*route) for route in ([], [1])] == [served.NOTHING] * 2
 
 
-def test_backward_timeout_counts_from_the_call(threads: World) -> None:
+def test_backward_timeout_counts_from_the_call(
+    threads: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the root runs before it has told anybody takes of the time as well."""
+    monkeypatch.setattr("distgrad.autograd.engine.time", Lasting.clock)
     threads.run(too_slow_at_home, ranks=[0])
 
 
