@@ -339,6 +339,38 @@ def test_state_dict_loaded_continues_the_same_path(world: World) -> None:
     on(world, 0, body)
 
 
+def test_state_dict_that_one_owner_cannot_load_is_loaded_by_none(world: World) -> None:
+    def body() -> None:
+        rrefs = [rpc.rpc_sync(owner, make_weight, ("w", [1.0])) for owner in (1, 2)]
+        optimizer = DistributedOptimizer(SGD, rrefs, lr=0.5, momentum=0.5)
+        train(optimizer, {(1, "w"): [1.0], (2, "w"): [1.0]})
+        before = optimizer.state_dict()
+        broken = DistributedOptimizer(SGD, rrefs, lr=0.1, momentum=0.9).state_dict()
+        broken["worker2"]["param_groups"][0]["lr"] = "x"
+        with pytest.raises(DistgradError, match=r"on worker 'worker2': .*lr='x'"):
+            optimizer.load_state_dict(broken)
+        np.testing.assert_equal(optimizer.state_dict(), before)
+        assert optimizer.param_groups[0]["lr"] == 0.5
+
+    on(world, 0, body)
+
+
+def test_setting_changed_to_one_that_makes_no_sense_steps_nowhere(world: World) -> None:
+    def body() -> None:
+        rrefs = [rpc.rpc_sync(owner, make_weight, ("w", [1.0])) for owner in (0, 1)]
+        optimizer = DistributedOptimizer(SGD, rrefs, lr=0.5)
+        gradients = {(0, "w"): [1.0], (1, "w"): [1.0]}
+        for setting in (-1.0, "x"):
+            optimizer.param_groups[0]["lr"] = setting
+            with pytest.raises(DistgradError, match=f"lr={setting!r}"):
+                train(optimizer, gradients)
+        optimizer.param_groups[0]["lr"] = 0.25
+        train(optimizer, gradients)
+        assert [rref.to_here().item() for rref in rrefs] == [0.75, 0.75]
+
+    on(world, 0, body)
+
+
 def test_clip_scales_by_the_norm_over_all_workers(world: World) -> None:
     def body() -> None:
         rrefs = [rpc.rpc_sync(owner, make_weight, ("w", [0.0])) for owner in (1, 2)]

@@ -287,6 +287,22 @@ def test_setting_that_makes_no_sense_is_refused_also_in_a_group(
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize("act", [Optimizer.step, Optimizer.prepare])
+@pytest.mark.parametrize("cls", KINDS)
+def test_setting_changed_to_one_that_makes_no_sense_is_refused_before_anything_changes(
+    cls: Any, act: Any
+) -> None:
+    first, second = leaf(1.0), leaf(2.0)
+    optimizer = cls([{"params": [first]}, {"params": [second]}])
+    act(optimizer, {})
+    for setting, error in [(-1.0, ValueError), (float("nan"), ValueError), ("x", TypeError)]:
+        optimizer.param_groups[1]["lr"] = setting
+        for _ in range(2):
+            with pytest.raises(error, match=f"lr={setting!r}"):
+                act(optimizer, ones(first, second))
+    assert (first.item(), second.item()) == (1.0, 2.0)
+
+
 @pytest.mark.parametrize(
     ("cls", "settings", "fact"),
     [
@@ -332,6 +348,11 @@ def test_groups_that_are_none_are_refused() -> None:
             "group 0 has no amsgrad, betas, decoupled_weight_decay; it is not of Adam",
         ),
         (lambda state: state | {"state": {-1: {}}}, ValueError, "no parameter -1"),
+        (
+            lambda state: state | {"param_groups": [state["param_groups"][0] | {"lr": -1.0}]},
+            ValueError,
+            "lr=-1.0: it must be at least 0",
+        ),
         (lambda state: state | {"state": {"x": {}}}, ValueError, "no parameter 'x'"),
         (
             lambda state: state | {"state": {0: {"step": 1, "mean": np.ones(3)}}},

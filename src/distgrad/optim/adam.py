@@ -8,15 +8,8 @@ from typing import Any
 import numpy as np
 
 from distgrad.optim import _updates
-from distgrad.optim.optimizer import (
-    Array,
-    Optimizer,
-    Parameters,
-    as_real,
-    check_at_least,
-    check_betas,
-    zeros,
-)
+from distgrad.optim.checks import check_at_least, check_betas
+from distgrad.optim.optimizer import Array, Optimizer, Parameters, as_real, zeros
 
 __all__ = ["Adam", "AdamW"]
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from distgrad._core import Tensor
-from distgrad.optim.optimizer import Array, check_at_least
+from distgrad.optim.checks import check_at_least
+from distgrad.optim.optimizer import Array
 
 __all__ = ["clip_grad_norm_"]
 

@@ -11,7 +11,8 @@ from typing import Any
 from distgrad import autograd
 from distgrad.errors import DistgradError
 from distgrad.message import StepPrepare
-from distgrad.optim.optimizer import Optimizer, check_at_least, check_groups
+from distgrad.optim.checks import check_at_least, check_groups
+from distgrad.optim.optimizer import Optimizer
 from distgrad.optim.part import OptimizerPart
 from distgrad.optim.steps import HOGWILD, TRY, WAIT, StepTable
 from distgrad.rpc import UNSET_RPC_TIMEOUT, Future, current_worker, remote
@@ -159,6 +160,9 @@ class DistributedOptimizer:
         ------
         ValueError
             If the owners differ.
+        DistgradError
+            If an owner cannot load its part, or is lost; names it. Nothing was changed
+            anywhere then, unless the owner was lost after all had found that they can.
         """
         if not isinstance(state_dict, dict) or state_dict.keys() != self._parts.keys():
             found = sorted(state_dict) if isinstance(state_dict, dict) else type(state_dict)
@@ -166,8 +170,12 @@ class DistributedOptimizer:
                 f"cannot load the state of a distributed optimizer: it is of {found}, "
                 f"the parameters here live on {sorted(self._parts)}"
             )
-        answers = {o: self._ask(o, "load_state_dict", s) for o, s in state_dict.items()}
-        _gather("load the state", answers)
+        with self._stepping:
+            staged = {o: self._ask(o, "stage_state", s) for o, s in state_dict.items()}
+            fit = not _failures(staged)
+            settled = {o: self._ask(o, "settle_state", fit) for o in self._parts}
+            _gather("load the state", staged)
+            _gather("load the state", settled)
         for group, loaded in zip(
             self.param_groups, next(iter(state_dict.values()))["param_groups"], strict=True
         ):

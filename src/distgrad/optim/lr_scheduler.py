@@ -14,7 +14,7 @@ from copy import copy
 from math import cos, inf, pi
 from typing import Any, Protocol
 
-from distgrad.optim.optimizer import check_at_least
+from distgrad.optim.checks import check_at_least
 
 __all__ = [
     "CosineAnnealingLR",

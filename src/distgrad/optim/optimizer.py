@@ -9,9 +9,10 @@ formulas of this package are compiled, each as one pass over the memory (`_updat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,6 +27,7 @@ from distgrad.optim._updates import (
     step_aside,
     step_in_place,
 )
+from distgrad.optim.checks import check_groups
 
 __all__ = [
     "Array",
@@ -35,10 +37,6 @@ __all__ = [
     "PreparedStep",
     "Work",
     "as_real",
-    "check_at_least",
-    "check_betas",
-    "check_groups",
-    "check_pair",
     "zeros",
 ]
 
@@ -81,6 +79,7 @@ class Optimizer(ABC):
         self.param_groups: list[dict[str, Any]] = []
         self.state: dict[Tensor, dict[str, Any]] = {}
         self._changes: dict[Tensor, Change] = {}  # memory of `prepare`
+        self._checked: dict[int, tuple[Any, ...]] = {}  # settings that make sense, by group
         for group in _as_groups(params):
             self.add_param_group(group)
 
@@ -95,7 +94,7 @@ class Optimizer(ABC):
         return None
 
     def _check(self, settings: dict[str, Any]) -> None:
-        """Raise ValueError or TypeError if a new group has settings that make no sense."""
+        """Raise ValueError or TypeError if settings of a group make no sense."""
         return
 
     @abstractmethod
@@ -152,8 +151,9 @@ class Optimizer(ABC):
         Raises
         ------
         ValueError, TypeError
-            If a gradient has another shape than its parameter or cannot become of its dtype, or
-            a parameter cannot be written. No parameter was changed then.
+            If a gradient has another shape than its parameter or cannot become of its dtype,
+            a parameter cannot be written, or a setting was changed to one that makes no
+            sense. No parameter was changed then.
         """
         for group, params, arrays in self.gather(gradients, in_place=True):
             for i in step_in_place(self._fused(group), params, arrays, self.state):
@@ -176,11 +176,29 @@ class Optimizer(ABC):
         list
             Of each group: its settings, the parameters that have gradients, those gradients.
         """
-        work, number = [], 0
+        work: list[Work] = []
+        number = 0
         for group in self.param_groups:
+            self._check_changed(group, len(work))
             work.append((group, *gather(group["params"], gradients, number, in_place)))
             number += len(group["params"])
         return work
+
+    def _check_changed(self, group: dict[str, Any], number: int) -> None:
+        """Check a group in which another object was set since it was checked last."""
+        settings = tuple(group.values())
+        checked = self._checked.get(number, ())
+        if len(checked) != len(settings) or not all(map(is_, checked, settings)):
+            self._check(group)
+            self._checked[number] = settings
+
+    def change_settings(self, settings: Sequence[Mapping[str, Any]]) -> None:
+        """Take over new settings of the groups, all of them or, if one makes no sense, none."""
+        changed = [{**g, **new} for g, new in zip(self.param_groups, settings, strict=True)]
+        for number, group in enumerate(changed):
+            self._check_changed(group, number)
+        for group, new in zip(self.param_groups, settings, strict=True):
+            group.update(new)
 
     def prepare(self, gradients: Gradients | None = None) -> PreparedStep:
         """Compute a step without applying it; everything that can fail fails here.
@@ -235,11 +253,25 @@ class Optimizer(ABC):
 
         Raises
         ------
+        TypeError, ValueError
+            See `check_state_dict`. Nothing was changed then.
+        """
+        self.check_state_dict(state_dict)
+        for own, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            own.update({**deepcopy(loaded), "params": own["params"]})
+        params = list(self._parameters())
+        self.state = {params[i]: deepcopy(kept) for i, kept in dict(state_dict["state"]).items()}
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raise what `load_state_dict` would, and change nothing.
+
+        Raises
+        ------
         TypeError
             If it is no state of an optimizer.
         ValueError
-            If the groups, their numbers of parameters or their settings differ. Nothing
-            was changed then.
+            If the groups, their numbers of parameters or the names of their settings
+            differ, or a setting makes no sense.
         """
         try:
             groups, states = state_dict["param_groups"], dict(state_dict["state"])
@@ -260,6 +292,7 @@ class Optimizer(ABC):
                     f"cannot load the state of an optimizer: its group {number} has no "
                     f"{', '.join(missing)}; it is not of {type(self).__name__}"
                 )
+            self._check(group)
         params = list(self._parameters())
         if strange := [i for i in states if i not in range(len(params))]:
             raise ValueError(
@@ -268,9 +301,6 @@ class Optimizer(ABC):
         if self._fused(self.param_groups[0]) is not None:  # else only `_update` knows what fits
             for i, state in states.items():
                 _check_state(state, i, params[i])
-        for own, loaded in zip(self.param_groups, groups, strict=True):
-            own.update({**deepcopy(loaded), "params": own["params"]})
-        self.state = {params[i]: deepcopy(state) for i, state in states.items()}
 
     def _parameters(self) -> Iterable[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
@@ -313,34 +343,6 @@ def zeros(state: dict[str, Any], name: str, like: Array) -> Array:
     return array
 
 
-def check_at_least(low: float, **settings: float) -> None:
-    """Raise ValueError for a setting below ``low``."""
-    for name, value in settings.items():
-        try:
-            fits = bool(value >= low)
-        except (TypeError, ValueError):
-            raise TypeError(f"cannot use {name}={value!r}: expected a number") from None
-        if not fits:
-            raise ValueError(f"cannot use {name}={value!r}: it must be at least {low:g}")
-
-
-def check_pair(name: str, pair: Any, fits: Callable[[Any, Any], bool], expected: str) -> None:
-    """Raise ValueError for a setting that is not two numbers as expected."""
-    try:
-        first, second = pair
-        good = bool(fits(first, second))
-    except (TypeError, ValueError):
-        good = False
-    if not good:
-        raise ValueError(f"cannot use {name}={pair!r}: {expected}")
-
-
-def check_betas(betas: Any) -> None:
-    """Raise ValueError for what cannot be the betas of the Adam family."""
-    expected = "there are two, each must be in [0, 1)"
-    check_pair("betas", betas, lambda a, b: 0 <= a < 1 and 0 <= b < 1, expected)
-
-
 def _as_groups(params: Parameters) -> list[dict[str, Any]]:
     if isinstance(params, Tensor):
         raise TypeError("cannot optimize one tensor by itself: pass a list of tensors")
@@ -356,16 +358,6 @@ def _as_groups(params: Parameters) -> list[dict[str, Any]]:
         return [{"params": entries}]
     check_groups(entries)
     return entries
-
-
-def check_groups(groups: Sequence[Any]) -> None:
-    """Raise TypeError for what is no parameter group."""
-    for number, group in enumerate(groups):
-        if not isinstance(group, dict) or "params" not in group:
-            raise TypeError(
-                f"cannot use parameter group {number}: expected a dict with 'params', as the "
-                f"first one is, not {group!r}"
-            )
 
 
 def _check_state(state: Mapping[str, Any], number: int, param: Tensor) -> None:

@@ -50,6 +50,7 @@ class OptimizerPart:
         if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
             raise TypeError(f"cannot optimize with {optimizer}: it is no Optimizer")
         self._optimizer = cls([_with_tensors(group) for group in groups], *args, **kwargs)
+        self._staged: dict[str, Any] | None = None
         worker.extensions["optim"].add(number, self)
 
     def settings(self) -> list[dict[str, Any]]:
@@ -61,7 +62,7 @@ class OptimizerPart:
 
     def step(self, gradients: Gradients, settings: Sequence[dict[str, Any]]) -> None:
         """Step in place, at once."""
-        self._change(settings)
+        self._optimizer.change_settings(settings)
         self._optimizer.step(gradients)
 
     def gather(self, gradients: Gradients) -> list[Work]:
@@ -70,12 +71,8 @@ class OptimizerPart:
 
     def prepare(self, work: Sequence[Work], settings: Sequence[dict[str, Any]]) -> PreparedStep:
         """Compute a step of what was gathered aside."""
-        self._change(settings)
+        self._optimizer.change_settings(settings)
         return self._optimizer.prepare_gathered(work)
-
-    def _change(self, settings: Sequence[dict[str, Any]]) -> None:
-        for group, changed in zip(self._optimizer.param_groups, settings, strict=True):
-            group.update(changed)
 
     def square_of_gradients(self, context_id: int) -> float:
         """Return the sum of squares of all gradients of the parameters in a context."""
@@ -98,9 +95,16 @@ class OptimizerPart:
         """Return a copy of the optimizer's state."""
         return self._optimizer.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state."""
-        self._optimizer.load_state_dict(state_dict)
+    def stage_state(self, state_dict: dict[str, Any]) -> None:
+        """Keep a state that can be loaded until it is known whether all owners have one."""
+        self._optimizer.check_state_dict(state_dict)
+        self._staged = state_dict
+
+    def settle_state(self, wanted: bool) -> None:
+        """Take over the state that was staged, or let go of it."""
+        staged, self._staged = self._staged, None
+        if wanted and staged is not None:
+            self._optimizer.load_state_dict(staged)
 
 
 def _with_tensors(group: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from distgrad.optim import _updates
-from distgrad.optim.optimizer import Array, Optimizer, Parameters, check_at_least
+from distgrad.optim.checks import check_at_least
+from distgrad.optim.optimizer import Array, Optimizer, Parameters
 
 __all__ = ["SGD"]
 
