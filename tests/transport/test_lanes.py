@@ -234,6 +234,28 @@ def test_end_before_the_payload_is_here_waits_for_it(raw: Raw) -> None:
     assert raw.events[0].payload is not None
 
 
+def test_payload_that_is_here_when_a_send_fails_is_received(raw: Raw) -> None:
+    head, payload = announced(np.arange(10_000.0))
+    raw.socket.sendall(head)
+    assert raw.poller.poll(0.0, False) == []
+    raw.lane.sendall(payload)
+    raw.lane.close()
+    with expect(TransportError):
+        raw.connection.send(message(np.ones(100_000)))
+    assert "cannot send to test" in str(raw.poll_until_ended())
+    assert [type(item) for item in raw.events[:-1]] == [Frame]
+
+
+def test_payload_that_is_here_when_the_socket_is_reset_is_received(raw: Raw) -> None:
+    head, payload = announced(np.arange(10_000.0))
+    raw.connection.send(message("not read, so that the end is a reset"))
+    raw.socket.sendall(head)
+    raw.lane.sendall(payload)
+    raw.socket.close()
+    assert "receive from test: Connection reset" in str(raw.poll_until_ended())
+    assert [type(item) for item in raw.events[:-1]] == [Frame]
+
+
 def test_end_waits_for_a_lane_as_long_as_it_brings_bytes(raw: Raw) -> None:
     head, payload = announced(np.arange(100_000.0))
     raw.socket.sendall(head)

@@ -351,7 +351,9 @@ cdef class StreamConnection(LaneOwner):
     cdef int received(self, Py_ssize_t result, list events) except -1:
         if result > 0:
             return self.parse(events)
-        if result == 0 and self.held and not self.closing and self.error is None:
+        if self.held and not self.closing:
+            if result < 0 and self.error is None:
+                self.error = self.end_reason(result)
             return self.wait_for_lane()
         return self.finish(events, self.end_reason(result))
 
