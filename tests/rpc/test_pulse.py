@@ -13,15 +13,18 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from distgrad import rpc
+from distgrad.config import config
 from distgrad.errors import WorkerLostError
 from distgrad.rpc.pulse import Doors, Rounds
 from distgrad.testing import World
 from distgrad.transport._poller import Poller
 
 INTERVAL_S = 0.2
+LARGE = 64 * 2**20
 
 
 @rpc.expose
@@ -152,6 +155,45 @@ def test_workers_that_were_all_stopped_go_on_in_any_order(extent):
                 moment.wait(0.3 * INTERVAL_S)
             asking.join(30)
             assert [answers[-1] for answers in found] == [True] * 3
+
+
+@rpc.expose
+def nbytes_of(array):
+    return array.nbytes
+
+
+def send_what_does_not_fit_into_the_kernel(rank):
+    return rpc.rpc_sync(1, nbytes_of, (np.zeros(LARGE // 8),))
+
+
+def test_peer_that_takes_nothing_while_the_sender_is_stopped_too_is_not_lost(monkeypatch):
+    monkeypatch.setattr(config, "stall_timeout", 0.6)
+    moment, found = threading.Event(), []
+    with World(2, transport="tcp", heartbeat_interval=0) as world:
+        sender, receiver = world.run(own_pid_of)
+        world.run(pids_of_two, ranks=[0])
+        os.kill(receiver, signal.SIGSTOP)
+        sending = threading.Thread(
+            target=lambda: found.extend(
+                world.run(send_what_does_not_fit_into_the_kernel, ranks=[0])
+            )
+        )
+        try:
+            sending.start()
+            moment.wait(0.3)
+            os.kill(sender, signal.SIGSTOP)
+            moment.wait(1.2)
+            os.kill(sender, signal.SIGCONT)
+            moment.wait(0.1)
+        finally:
+            os.kill(sender, signal.SIGCONT)
+            os.kill(receiver, signal.SIGCONT)
+        sending.join(30)
+    assert found == [LARGE]
+
+
+def pids_of_two(rank):
+    return rpc.rpc_sync(1, own_pid)
 
 
 def knock(address):

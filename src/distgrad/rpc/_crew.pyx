@@ -43,6 +43,7 @@ cdef extern from "pythread.h" nogil:
     unsigned long PyThread_get_thread_ident()
 
 cdef double LONGEST_S = 3600.0     # of one poll
+cdef double ASLEEP_S = 0.5         # a thread that was to look again at once did not run meanwhile
 
 cdef object _log = logging.getLogger("distgrad")
 
@@ -182,13 +183,14 @@ cdef class CrewCore(Desk):
         """
         cdef Waiter waiter = Waiter.__new__(Waiter)
         cdef Future sent = Future.__new__(Future)
-        cdef double now = now_s(), until, since = now
+        cdef double now = now_s(), before_now, until, since = now
         progress = None
         try:
             while not (connection.flushed() or connection.closed or self.closed):
-                now = now_s()
+                before_now, now = now, now_s()
                 before, progress = progress, connection.progress()
-                if progress is None or progress != before:
+                # Who was stopped itself does not know what the peer could have taken meanwhile.
+                if progress is None or progress != before or now - before_now > ASLEEP_S:
                     since = now
                 elif now - since > config.stall_timeout:
                     return False
