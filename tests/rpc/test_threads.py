@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,6 +196,25 @@ def test_many_calls_keep_memory_and_descriptors_flat(transport):
         assert memory < 2_000_000
         assert blocks < max(1000, CALLS // 20)  # no call in twenty leaves an object
         assert descriptors < 5  # heartbeats open some for a moment
+
+
+class NoThread(threading.Thread):
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+
+def ask_much(rank):
+    calls = [rpc.rpc_async(1 - rank, echo, (i,)) for i in range(50)]
+    return sum(rpc.wait_all(calls, 20)) + rpc.rpc_sync(1 - rank, bounce, (5,))
+
+
+def test_worker_that_gets_no_more_threads_serves_with_those_it_has(monkeypatch):
+    with World(2) as world:
+        with monkeypatch.context() as limited:
+            here = SimpleNamespace(Thread=NoThread, current_thread=threading.current_thread)
+            limited.setattr("distgrad.rpc.crew.threading", here)
+            assert world.run(ask_much) == [sum(range(50)) + 5] * 2
+        assert world.run(ask_much) == [sum(range(50)) + 5] * 2
 
 
 def test_thread_that_runs_a_task_of_its_chain_is_given_no_other():

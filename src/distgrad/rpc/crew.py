@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -13,6 +14,8 @@ from distgrad.rpc._crew import CrewCore
 from distgrad.transport._poller import Poller
 
 __all__ = ["Crew"]
+
+_log = logging.getLogger("distgrad")
 
 _SPARE_S = 10.0  # how long a surplus thread waits for work before it ends
 
@@ -96,7 +99,15 @@ class Crew(CrewCore):
             target=self._serve, name=f"distgrad-{self.name}-{number}", daemon=True
         )
         self._threads.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:  # as many as this process may have: those that run go on
+            self._threads.discard(thread)
+            self.summoned = False
+            if not self._threads:
+                raise
+            _log.warning("worker %r has %d serving threads, and gets no more: %s",
+                         self.name, len(self._threads), error)  # fmt: skip
 
     def close(self, timeout_s: float) -> None:
         """End the serving threads that do not run user code; join them briefly."""
@@ -109,6 +120,5 @@ class Crew(CrewCore):
             waiter.wake()
         until = time.monotonic() + timeout_s
         for thread in list(self._threads):
-            started = thread.ident is not None
-            if started and thread is not threading.current_thread():
+            if thread.is_alive() and thread is not threading.current_thread():
                 thread.join(max(0.0, until - time.monotonic()))
