@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -74,10 +76,12 @@ def test_endurance_fifty_good_passes_after_fifty_that_failed_are_exact(trio: Wor
     assert left == [served.NOTHING] * 3
 
 
-def resident(rank: int = 0) -> int:
-    """Return the memory of this process in bytes."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def footprint(rank: int = 0) -> tuple[int, int, int]:
+    """Return bytes of private memory, blocks of Python's allocator, descriptors."""
+    gc.collect()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (private,) = [int(line.split()[1]) for line in lines if line.startswith("RssAnon:")]
+    return private * 1024, sys.getallocatedblocks(), len(os.listdir("/proc/self/fd"))
 
 
 def many_contexts(rank: int, count: int) -> None:
@@ -89,18 +93,27 @@ def many_contexts(rank: int, count: int) -> None:
 
 
 @pytest.mark.deadline(3600)
-def test_endurance_contexts_take_no_memory(extent: Callable[[int, int], int]) -> None:
-    """After warming up: ids of finished contexts are remembered, within bounds."""
+def test_endurance_contexts_take_no_memory(
+    extent: Callable[[int, int], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After warming up: ids of finished contexts are remembered, within bounds.
+
+    What is remembered moves in memory as it comes and goes: now and then the heap has a gap
+    of a megabyte more. So a leak shows in the blocks first, where one in 100 contexts is enough.
+    """
     count, warm = extent(2_000, 1_000_000), extent(1_000, 200_000)
-    sizes = []
+    monkeypatch.setattr("distgrad.autograd.tombstones._MOST", extent(500, 16384))
+    sizes: list[list[tuple[int, int, int]]] = []
     with World(2, transport="unix", timeout=3000.0) as world:
         for part in [warm, *[(count - warm) // 4] * 4]:
             world.run(many_contexts, part, ranks=[0])
-            sizes.append(world.run(resident))
+            sizes.append(world.run(footprint))
         left = world.run(forgotten, ranks=[0])
-    print(f"\n{count} contexts, MiB by worker: {(np.array(sizes) / 2**20).round(1).tolist()}")
-    growth = np.array(sizes[-1]) - np.array(sizes[0])
-    assert (growth < 2 * 2**20).all(), growth
+    table = np.array(sizes)  # by part, worker, and what is measured
+    print(f"\n{count} contexts, MiB by worker: {(table[..., 0] / 2**20).round(1).tolist()}")
+    print(f"blocks {table[..., 1].tolist()}, descriptors {table[..., 2].tolist()}")
+    growth = table[-1] - table[0]
+    assert (growth < [8 * 2**20, max(500, count // 100), 5]).all(), growth
     assert left == [[served.NOTHING] * 2]
 
 
