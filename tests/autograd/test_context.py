@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from typing import Any
 
@@ -13,6 +14,8 @@ from numpy.testing import assert_array_equal
 import distgrad as dg
 from distgrad import autograd as dist_autograd
 from distgrad import rpc
+from distgrad.autograd.context import ContextPart
+from distgrad.autograd.part import Run
 from distgrad.config import config
 from distgrad.errors import ContextError
 from distgrad.testing import World
@@ -211,6 +214,33 @@ def test_context_many_are_forgotten_within_bounds(threads: World) -> None:
         return [served.counters(*route) for route in ([], [1])]
 
     assert on_first(threads, program) == [served.NOTHING] * 2
+
+
+def test_context_released_leaves_nothing_to_the_garbage_collector(threads: World) -> None:
+    def alive() -> int:
+        return sum(type(found) in (ContextPart, Run) for found in gc.get_objects())
+
+    def program(rank: int) -> list[int]:
+        counts = [alive()]
+        for retain in (False, True):
+            for _ in range(20):
+                with dist_autograd.context() as context_id:
+                    x = leaf(1.0, 2.0)
+                    y = rpc.rpc_sync("worker1", served.through, args=(x, [2]))
+                    loss = rpc.rpc_sync("worker2", served.scale, args=(y,)).sum()
+                    dist_autograd.backward(context_id, [loss], retain_graph=retain)
+            for route in ([1, 2], [2]):
+                served.counters(*route)
+            counts.append(alive())
+        return counts
+
+    gc.collect()
+    gc.disable()
+    try:
+        before, *after = on_first(threads, program)
+    finally:
+        gc.enable()
+    assert max(after) < before + 10  # of 240
 
 
 def test_tombstones_forget_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,12 +233,14 @@ class Part:
         with self.lock:
             self.released = True
             self.sends, self.recvs = {}, {}
-            for run in self.table.passes.values():
+            for run in list(self.table.passes.values()):
                 if error is not None:
                     cause = self.host.describe(run.pass_id, error, "")
                     self._queue(run, "fail", (cause,))
                 elif run.busy or run.state is not COMPLETE or run.root == run.worker:
                     self._queue(run, "leave", ())
+                else:  # nothing is to come: else it and this part would keep each other alive
+                    del self.table.passes[run.pass_id]
 
     def _tell_begun(self, method: str, args: tuple[Any, ...]) -> None:
         for run in self.table.passes.values():
