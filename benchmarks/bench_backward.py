@@ -7,7 +7,13 @@ from harness import Case, System, main
 CASES = [
     Case("backward_call", "context with one call, backward, get_gradients"),
     Case("backward_chain_9", "9 nested calls A-B-A-…, forward and backward"),
-    Case("backward_16mb", "one call with 16 MB, forward and backward", "GB/s", 32 * 2**20),
+    Case("backward_16mb", "one call with 16 MB, its sum, and back", "GB/s", 32 * 2**20),
+    Case(
+        "backward_16mb_squares",
+        "one call with 16 MB, the sum of its squares, and back",
+        "GB/s",
+        32 * 2**20,
+    ),
 ]
 SYSTEMS = [
     System("distgrad", ["distgrad_peer.py", "unix"]),

@@ -183,6 +183,12 @@ class DistgradPeer(measure.Peer):
             dist_autograd.backward(context_id, [loss])
             dist_autograd.get_gradients(context_id)
 
+    def time_backward_16mb_squares(self) -> None:
+        with dist_autograd.context() as context_id:
+            doubled = rpc.rpc_sync("server", double, args=(self.large_leaf,))
+            dist_autograd.backward(context_id, [(doubled * doubled).sum()])
+            dist_autograd.get_gradients(context_id)
+
 
 def main() -> None:
     if sys.argv[2:3] == ["server"]:
