@@ -365,3 +365,38 @@ def test_backward_of_this_worker_alone_refuses_what_came_from_another(threads: W
         assert x.grad is None
 
     threads.run(act)
+
+
+REPEATED = {
+    "all": lambda y: y.sum(),
+    "rows": lambda y: (y.sum(axis=0) * np.arange(1000.0)).sum(),
+    "mean": lambda y: (y * 3.0).mean(),
+    "fortran": lambda y: (y.T.sum(axis=1) * np.arange(1000.0)).sum(),
+    "added": lambda y: y.sum() + (y.sum(axis=1) * np.arange(500.0)).sum(),
+}
+
+
+def repeated_gradients(rank: int) -> Any:
+    x = dg.tensor(np.arange(500_000.0).reshape(500, 1000), requires_grad=True)
+    found = {}
+    for name, reduced in REPEATED.items():
+        with dist_autograd.context() as context_id:
+            y = rpc.rpc_sync("worker1", served.scale, args=(x,))
+            z = rpc.rpc_sync("worker1", served.through, args=(y, [2]))
+            before = rpc.debug_info()["rpc.bytes_sent"]
+            dist_autograd.backward(context_id, [reduced(z)], timeout=20)
+            sent = rpc.debug_info()["rpc.bytes_sent"] - before
+            found[name] = sent, gradient(context_id, x)
+    x.grad = None
+    for name, reduced in REPEATED.items():
+        y = x * 3.0
+        z = y + y * 1.0
+        reduced(z).backward()
+        assert_array_equal(found[name][1], np.asarray(x.grad), err_msg=name)
+        x.grad = None
+    return {name: sent for name, (sent, _) in found.items()}
+
+
+def test_backward_gradient_that_repeats_is_sent_once(trio: World) -> None:
+    for name, sent in on_first(trio, repeated_gradients).items():
+        assert sent < 4_000_000 / 10, name

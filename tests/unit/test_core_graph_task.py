@@ -88,6 +88,29 @@ def test_task_none_counts_down_without_arithmetic() -> None:
     assert task.done
 
 
+@pytest.mark.parametrize("kept", [(), (0,), (1,), (0, 2), (0, 1, 2)])
+def test_task_gradient_that_repeats_goes_out_and_in_without_the_copies(kept: Any) -> None:
+    shape = (20, 30, 40)
+    extents = tuple(n if i in kept else 1 for i, n in enumerate(shape))
+    weights = np.arange(float(np.prod(extents))).reshape(extents)
+    recv = Recv(np.ones(shape))
+    (received,) = recv.tensors
+    repeated = np.broadcast_to(weights, shape)
+    ((_, (gradient,)),) = GraphTask([(received * 2.0, repeated)]).run()
+    assert gradient.shape == (shape if kept == (0, 1, 2) else extents)
+    x = dg.tensor(np.zeros(shape), requires_grad=True)
+    for sent in (x, x * 1.0):
+        x.grad = None
+        send = Send(sent)
+        task = GraphTask([], sends=[send])
+        task.deliver(send, [gradient])
+        task.run()
+        np.testing.assert_array_equal(x.grad, repeated * 2.0)
+    send = Send(x)
+    with pytest.raises(dg.GraphError, match="shape"):
+        GraphTask([], sends=[send]).deliver(send, [np.ones((20, 30, 7))])
+
+
 def test_task_deliver_twice_or_to_a_stranger_raises() -> None:
     send = Send(leaf(1.0))
     task = GraphTask([], sends=[send])

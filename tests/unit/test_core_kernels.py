@@ -147,3 +147,38 @@ def test_gradient_that_overlaps_the_sum_is_added_as_if_apart() -> None:
     x.backward(np.arange(4.0))
     x.backward(x.grad.data[::-1])
     assert x.grad.tolist() == [3.0, 3.0, 3.0, 3.0]
+
+
+BIG = (300, 400)  # more than is filled with one number
+
+SCALED = {
+    "times": lambda x: x * 2.5,
+    "by_int": lambda x: 3 * x,
+    "by_array_without_axes": lambda x: x * np.float32(0.1),
+    "over": lambda x: x / 3.0,
+    "negative": lambda x: -x,
+    "from": lambda x: 2.0 - x,
+    "mixed": lambda x: -((x * 3.0) / 7.0) * 0.1,
+}
+REDUCED = {
+    "all": lambda y: y.sum(),
+    "rows": lambda y: (y.sum(axis=0) * np.arange(400.0)).sum(),
+    "columns": lambda y: (y.sum(axis=1, keepdims=True) * np.arange(300.0)[:, None]).sum(),
+    "mean": lambda y: y.mean(),
+    "and_dense": lambda y: y.sum() + (y * np.linspace(0.0, 1.0, 400)).sum(),
+}
+
+
+@pytest.mark.parametrize("reduced", REDUCED)
+@pytest.mark.parametrize("scaled", SCALED)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_gradients_that_repeat_stay_exact(scaled: str, reduced: str, dtype: type) -> None:
+    x = dg.tensor(np.ones(BIG, dtype), requires_grad=True)
+    REDUCED[reduced](SCALED[scaled](x)).backward()
+    y = dg.tensor(np.ones(BIG, dtype), requires_grad=True)
+    middle = SCALED[scaled](y)
+    REDUCED[reduced](middle * np.ones(BIG, dtype)).backward()  # makes them dense on the way
+    assert x.grad.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(x.grad), np.asarray(y.grad))
+    x.grad[0, 0] = -1e6  # the leaf's own
+    assert np.count_nonzero(np.asarray(x.grad) == -1e6) == 1

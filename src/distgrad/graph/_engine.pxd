@@ -52,6 +52,7 @@ cdef class GraphTask:
     # methods, in the order of the file
     cdef int begin(self, roots, sends, retain_graph, bint create_graph, inputs,
                    GradientTable table) except -1
+    cdef object fit_delivered(self, Node node, int i, object gradient)
     cdef int refuse_boundaries(self) except -1
     cdef list start_at(self, roots, sends)
     cdef int lookup(self, PyObject *node) noexcept

@@ -12,7 +12,9 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF, Py_XDECREF
 from cpython.tuple cimport PyTuple_GET_ITEM
 
-from distgrad.graph._gradient cimport accumulate, add_gradients, fit, sort_gradients, store_gradient
+from distgrad.graph._gradient cimport (
+    accumulate, add_gradients, condense, fit, scaled, sort_gradients, spread_out, store_gradient,
+)
 from distgrad.graph._kernels cimport GETITEM, RESHAPE, SUM, filled, small_gradient
 from distgrad.graph._node cimport (
     NEAR_ARGS, RECEIVES, RUNS, AccumulateGrad, Edge, Hooks, Node, OpNode, Storage, TensorBase,
@@ -413,7 +415,7 @@ cdef class GraphTask:
             raise GraphError(f"cannot deliver to {node.name()}: it has {node.n_slots} slots, "
                              f"not {len(grads)}")
         if grads is not None:
-            grads = [None if gradient is None else fit(gradient, &node.slots[i], node, self.create)
+            grads = [None if gradient is None else self.fit_delivered(node, i, gradient)
                      for i, gradient in enumerate(grads)]
         index = self.undelivered.pop(node)
         for i, gradient in enumerate(grads or ()):
@@ -421,6 +423,13 @@ cdef class GraphTask:
                 self.put(self.visits[index].first_slot + i, gradient)
         self.visits[index].waiting -= 1
         self.enqueue_if_ready(index)
+
+    cdef object fit_delivered(self, Node node, int i, object gradient):
+        """Bring a gradient to the shape of what its slot stands for: that of the edge's target."""
+        cdef Meta *meta = &node.slots[i]
+        if meta.ndim < 0 and i < node.n_edges and node.edges[i].node != NULL:
+            meta = &(<Node>node.edges[i].node).slots[node.edges[i].slot]
+        return fit(spread_out(gradient, meta), meta, node, self.create)
 
     cdef int refuse_boundaries(self) except -1:
         """Raise, before anything has run, if gradients would have to leave this worker."""
@@ -437,6 +446,8 @@ cdef class GraphTask:
         -------
         list
             (node, gradients): a gradient or None for each slot, or None if there is none at all.
+            A large gradient has extent 1 along axes where it is the same all along; `deliver`
+            takes it so.
         """
         cdef int steps = 0, index = -1
         mode = PyContextVar_Set(grad_mode, bool(self.create))
@@ -611,7 +622,7 @@ cdef class GraphTask:
         if self.wanted is not None:
             self.capture(index, grads)
         if node.boundary:
-            self.complete.append((node, tuple(grads)))
+            self.complete.append((node, tuple([condense(gradient) for gradient in grads])))
             return self.skip(index)
         if not visit.needed & RUNS:
             return self.skip(index)
@@ -724,6 +735,10 @@ cdef class GraphTask:
                 value = small_gradient(
                     node.op.kernel, argument, <object>stack[1], <object>stack[3],
                     <object>stack[3 + (node.n_args > 1)], <object>stack[2])
+                if value is None:
+                    value = scaled(
+                        node.op.kernel, argument, <object>stack[1], <object>stack[3],
+                        <object>stack[3 + (node.n_args > 1)])
             if value is not None:
                 return value
         if node.op.shapes:

@@ -2,6 +2,7 @@
 
 from cpython.object cimport PyObject
 
+from distgrad.graph._kernels cimport Kernel
 from distgrad.graph._node cimport AccumulateGrad, Meta, Node, TensorBase
 
 
@@ -11,6 +12,9 @@ cdef class GradientTable:
 
 cdef object sum_axes(object gradient, tuple shape)
 cdef object fit(object gradient, Meta *meta, Node node, bint create)
+cdef object condense(object gradient)
+cdef object scaled(Kernel kernel, int argument, object gradient, object x, object y)
+cdef object spread_out(object gradient, Meta *meta)
 cdef object add_gradients(PyObject *first, PyObject *second, bint create)
 cdef int store_gradient(TensorBase leaf, PyObject *gradient) except -1
 cdef int tabulate(GradientTable table, TensorBase leaf, PyObject *gradient) except -1

@@ -8,7 +8,7 @@ from cpython.object cimport PyObject
 from libc.stdlib cimport qsort
 from libc.string cimport memcmp
 
-from distgrad.graph._kernels cimport add_into
+from distgrad.graph._kernels cimport DIVIDE, MULTIPLY, NEGATIVE, SUBTRACT, Kernel, add_into
 from distgrad.graph._node cimport (
     AccumulateGrad, Meta, Node, TensorBase, mark_written, meta_dtype, meta_shape, same_meta, wrap,
 )
@@ -27,6 +27,8 @@ cdef extern from "Python.h":
     void PyThread_release_lock(void *lock) noexcept nogil
 
 cdef object numpy_add = np.add
+
+cdef Py_ssize_t WORTHWHILE = 2048  # bytes; less travels in the same piece as the message itself
 
 
 cdef inline bint is_exclusive(PyObject *array) noexcept:
@@ -97,6 +99,69 @@ cdef object fit(object gradient, Meta *meta, Node node, bint create):
     return fitted if create else np.asarray(fitted)
 
 
+cdef object condense(object gradient):
+    """Cut a gradient that is the same all along some axes to extent 1 there, for a message.
+
+    The gradient of a sum is one number, whatever the size of what was summed up.
+    """
+    cdef cnp.ndarray array
+    cdef bint repeats = False
+    cdef int i
+    if type(gradient) is not np.ndarray:
+        return gradient
+    array = gradient
+    if cnp.PyArray_NBYTES(array) <= WORTHWHILE:
+        return gradient
+    cuts = []
+    for i in range(cnp.PyArray_NDIM(array)):
+        same = cnp.PyArray_STRIDE(array, i) == 0 and cnp.PyArray_DIM(array, i) > 1
+        cuts.append(slice(0, 1) if same else slice(None))
+        repeats = repeats or same
+    return array[tuple(cuts)] if repeats else gradient
+
+
+cdef object scaled(Kernel kernel, int argument, object gradient, object x, object y):
+    """The rule of a product with a number, or the like, for a gradient that repeats; else None.
+
+    What comes out repeats as well: the work is that of what differs.
+    """
+    other = y if argument == 0 else x
+    if kernel == MULTIPLY or (kernel == DIVIDE and argument == 0):
+        if type(other) is not float and type(other) is not int and not (
+            cnp.PyArray_CheckExact(other) and (<cnp.ndarray>other).ndim == 0
+            and (<cnp.ndarray>other).descr.kind == c"f"
+        ):
+            return None
+    elif kernel != NEGATIVE and (kernel != SUBTRACT or argument == 0):
+        return None
+    part = condense(gradient)
+    if part is gradient:
+        return None
+    if kernel == MULTIPLY:
+        part = part * other
+    elif kernel == DIVIDE:
+        part = part / other
+    else:
+        part = -part
+    return np.broadcast_to(part, gradient.shape)
+
+
+cdef object spread_out(object gradient, Meta *meta):
+    """Undo `condense`, for a gradient of a value of which all but the contents is known."""
+    cdef cnp.ndarray array
+    cdef int i
+    if type(gradient) is not np.ndarray or cnp.PyArray_NDIM(<cnp.ndarray>gradient) != meta.ndim:
+        return gradient
+    array = gradient
+    if same_meta(meta, array):
+        return gradient
+    shape = meta_shape(meta)
+    for i in range(meta.ndim):
+        if cnp.PyArray_DIM(array, i) != 1 and cnp.PyArray_DIM(array, i) != shape[i]:
+            return gradient
+    return np.broadcast_to(gradient, shape)
+
+
 cdef object add_gradients(PyObject *first, PyObject *second, bint create):
     """Sum of two gradients of one slot; either is overwritten if it is exclusive."""
     cdef PyObject *args[3]
@@ -113,6 +178,11 @@ cdef object add_gradients(PyObject *first, PyObject *second, bint create):
         args[2] = second
     else:
         n = 2
+        one, other = condense(<object>first), condense(<object>second)
+        if one is not <object>first and other is not <object>second:
+            shape = (<object>first).shape
+            if shape == (<object>second).shape:
+                return np.broadcast_to(one + other, shape)
     total = PyObject_Vectorcall(numpy_add, args, n, NULL)
     return total if cnp.PyArray_CheckExact(total) else np.asarray(total)
 
