@@ -234,6 +234,18 @@ def test_end_before_the_payload_is_here_waits_for_it(raw: Raw) -> None:
     assert raw.events[0].payload is not None
 
 
+def test_payload_that_is_here_when_the_lane_ends_is_received(raw: Raw) -> None:
+    head, payload = announced(np.arange(10_000.0))
+    raw.lane.sendall(payload)
+    raw.lane.close()
+    assert raw.poller.poll(0.0, False) == []
+    raw.socket.sendall(head)
+    raw.events += [item for _, item in raw.poller.poll(PATIENCE_S, False)]
+    raw.socket.sendall(head)
+    assert "in the middle of a message" in str(raw.poll_until_ended())
+    assert [type(item) for item in raw.events[:-1]] == [Frame]
+
+
 def test_payload_that_is_here_when_a_send_fails_is_received(raw: Raw) -> None:
     head, payload = announced(np.arange(10_000.0))
     raw.socket.sendall(head)
@@ -337,7 +349,7 @@ def test_end_of_the_lane_while_a_payload_is_queued_for_it_is_an_error(raw: Raw) 
     assert raw.connection.flushed()
 
 
-def test_end_of_the_lane_that_is_seen_in_the_middle_of_a_send_refuses_it(raw: Raw) -> None:
+def test_end_of_the_lane_that_shows_in_the_middle_of_a_send_refuses_it(raw: Raw) -> None:
     content, refusal = message(np.ones(100_000)), "none"
 
     def poll(phase: str, info: Any) -> None:  # as another thread does

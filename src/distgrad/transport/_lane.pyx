@@ -8,13 +8,14 @@ L2  In one turn of the poller a lane moves at most TURN bytes each way, and it i
     and so have threads that wait for the processor.
 L3  Nothing is read into fresh memory: another thread touches it first, a bounded piece ahead,
     since a page may take milliseconds. The fields of a lane belong to the polling thread.
-L4  A lane ends with its connection, and a fault of it ends the connection. If it ends and
-    there is nothing on it or for it, payloads go behind their messages from then on.
+L4  A lane ends with its connection, and a fault of it, or its end in the middle of something,
+    ends the connection. While nothing is due either way, an end that shows is no news: the
+    lane is not watched then, and what it has brought is read when its message is known.
 """
 
 from collections import deque
 
-from libc.errno cimport EAGAIN, EINTR, ENOMEM, EPIPE, errno
+from libc.errno cimport EAGAIN, EINTR, ENOMEM, errno
 from libc.stdint cimport uint32_t
 
 from distgrad.transport._outlet cimport Outlet
@@ -27,6 +28,7 @@ cimport cython
 
 cdef extern from "<sys/epoll.h>" nogil:
     uint32_t EPOLLIN, EPOLLOUT
+    int EPOLL_CTL_ADD
 
 cdef extern from "<sys/socket.h>" nogil:
     int MSG_DONTWAIT
@@ -80,6 +82,14 @@ cdef class Lane(Outlet):
     cdef int broke(self, int code) except -1:
         return self.owner.broke(code) if self.owner is not None else 0
 
+    cdef int arm(self) except -1:
+        """Watch again where something is due (L4)."""
+        if not self.watched and not self.ended and (self.wanted or self.queue):
+            self.poller.control(EPOLL_CTL_ADD, self.fd, 0, self.token)
+            self.watched = True
+            self.asked = 0
+        return Outlet.arm(self)
+
     # --- input: the polling thread --------------------------------------------------------
 
     cdef int expect(self, Arriving message) except -1:
@@ -131,10 +141,9 @@ cdef class Lane(Outlet):
                 self.give_way()
         if self.ended or not what & ~EPOLLOUT:
             return False
-        if self.missing == 0:      # nothing is due: the peer has closed it
-            if self.queue or self.writing:
-                self.broke(EPIPE)
-            self.finish()
+        if self.missing == 0:      # nothing is due, and the peer has closed it
+            if not self.queue:
+                self.leave_poller()
             return False
         with nogil:
             result = self.receive()

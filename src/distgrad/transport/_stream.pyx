@@ -15,7 +15,7 @@ S7  Messages are delivered in the order of their headers. A message behind one t
 from collections import deque
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EPIPE, errno
+from libc.errno cimport EAGAIN, ECONNRESET, EINTR, errno
 from libc.stdint cimport uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove
@@ -139,7 +139,7 @@ cdef class StreamConnection(LaneOwner):
             and not self.queue
         ):
             return self.send_small(message)
-        if message.payload_nbytes >= APART and self.lane is not None and not self.lane.ended:
+        if message.payload_nbytes >= APART and self.lane is not None:
             return self.send_apart(message)
         write = Write(message.parts(), 0, message)
         if self.ring != NULL and message.payload_nbytes >= LENDABLE:
@@ -177,8 +177,6 @@ cdef class StreamConnection(LaneOwner):
         lane.queue.append(payload)
         self.drain()
         lane.drain()
-        if lane.ended and not payload.done:     # since it was looked at
-            self.broke(EPIPE)
         if self.error is not None and not (head.done and payload.done):
             raise self.refusal()
         return head.done and payload.done
@@ -470,8 +468,8 @@ cdef class StreamConnection(LaneOwner):
         self.hold(message.nbytes)
         if not self.apart:
             return 0
-        if self.lane.ended or not self.header.payload_nbytes:
-            raise ProtocolError("cannot receive: a payload is announced and will not come")
+        if not self.header.payload_nbytes:
+            raise ProtocolError("cannot receive: a payload is announced that has no bytes")
         return self.lane.expect(message)
 
     cdef int hold(self, Py_ssize_t nbytes) except -1:
