@@ -20,6 +20,7 @@ from distgrad.rpc.links import Links
 from distgrad.rpc.worker import Worker
 from distgrad.testing import World
 from distgrad.transport._poller import Poller
+from distgrad.transport.registry import transport_for
 
 
 @rpc.expose
@@ -159,6 +160,33 @@ def test_connection_that_ends_before_it_is_in_use_is_a_loss(ask, transport):
         (why,) = world.run(ask, ranks=[0])
         world.kill(1)
     assert "'worker1' is lost" in why
+
+
+def connect_again_and_again(rank):
+    worker = rpc.current_worker()
+    assert rpc.rpc_sync(0, twice, (1,)) == 2
+    (where,) = worker.world.addresses_of(0)
+    made = [
+        transport_for(where.partition("://")[0]).connect(
+            where,
+            worker.agent.links._poller,
+            lambda uid: worker.world.handshake(connecting=True, peer_uid=uid),
+            20,
+        )
+        for _ in range(10)
+    ]
+    deadline = time.monotonic() + 20
+    while sum(not connection.closed for connection in made) > 3:
+        assert time.monotonic() < deadline
+    assert rpc.rpc_sync(0, twice, (2,)) == 4
+    return sum(not connection.closed for connection in made)
+
+
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_peer_that_connects_again_and_again_has_few_connections(transport):
+    with World(3, transport=transport, secret="s3cret") as world:
+        assert world.run(connect_again_and_again, ranks=[1]) == [3]
+        world.kill(1)
 
 
 def ask_too_often(rank):

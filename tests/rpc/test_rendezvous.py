@@ -248,4 +248,4 @@ def test_init_rpc_raises_the_soft_limit_of_descriptors_for_a_large_world():
     done = subprocess.run(
         [sys.executable, "-c", ROOM], capture_output=True, text=True, check=True, timeout=60
     )
-    assert done.stdout.split() == ["300", "1000", "556", "1000", "1000", "1000"]
+    assert done.stdout.split() == ["300", "1000", "756", "1000", "1000", "1000"]

@@ -52,6 +52,17 @@ def test_handshake_same_secret_proves_both_identities() -> None:
     assert all(SECRET not in message for message in messages)
 
 
+def test_handshake_of_who_is_no_worker_is_refused_after_the_proof() -> None:
+    asked = []
+    accepting = HmacHandshake(
+        SECRET, connecting=False, identity=FAR, peer_uid=None, world="w", admits=asked.append
+    )
+    with pytest.raises(AuthenticationError, match="no worker of this world"):
+        run(near(), accepting)
+    assert asked == [NEAR]
+    assert accepting.identity is None
+
+
 def test_handshake_accepting_side_speaks_second() -> None:
     assert far().start() is None
 

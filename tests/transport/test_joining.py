@@ -117,6 +117,24 @@ def test_socket_for_something_unknown_is_refused(
         assert sock.recv(1) == b""
 
 
+def test_first_sockets_of_one_peer_are_few_and_others_have_theirs() -> None:
+    poller = Poller()
+    pairing = Pairing(poller)
+    pairs = [socket.socketpair() for _ in range(100)]
+    pairing.add(pairs[0][0], 2, bytes(32))
+    for number, (first, _) in enumerate(pairs[1:], start=1):
+        pairing.add(first, 3, bytes([number]) * 32)
+    waiting = [number for number, (first, _) in enumerate(pairs) if first.fileno() >= 0]
+    assert waiting == [0, 96, 97, 98, 99]
+    lane, other = socket.socketpair()
+    assert pairing.take(lane, 3, bytes([99]) * 32) is pairs[99][0]
+    assert other.recv(1) == b"\1"
+    pairing.close()
+    poller.close()
+    for sock in (lane, other, *(sock for pair in pairs for sock in pair)):
+        sock.close()
+
+
 def test_first_socket_is_closed_where_its_lane_breaks() -> None:
     poller = Poller()
     pairing = Pairing(poller)

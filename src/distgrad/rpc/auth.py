@@ -22,6 +22,7 @@ import hmac
 import os
 import secrets
 import struct
+from collections.abc import Callable
 
 from distgrad.errors import AuthenticationError
 from distgrad.transport.base import Handshake
@@ -52,6 +53,8 @@ class HmacHandshake(Handshake):
         User id of the peer if the kernel told it, else None.
     world
         Name of the world; workers of different worlds refuse each other.
+    admits
+        Tells whether an identity, once proved, is that of a worker; None admits all.
     """
 
     def __init__(
@@ -62,12 +65,14 @@ class HmacHandshake(Handshake):
         identity: tuple[int, int],
         peer_uid: int | None,
         world: str,
+        admits: Callable[[tuple[int, int]], bool] | None = None,
     ) -> None:
         if secret is not None and not secret:
             raise ValueError("cannot authenticate: the secret is empty")
         self._secret = secret
         self._connecting = connecting
         self._peer_uid = peer_uid
+        self._admits = admits
         self._hello = _HELLO.pack(
             _MAGIC,
             _OPEN if secret is None else _SECRET,
@@ -99,6 +104,9 @@ class HmacHandshake(Handshake):
                 "cannot authenticate the peer: it does not know the secret of this world",
                 hint="all workers need the same DISTGRAD_SECRET or DISTGRAD_SECRET_FILE",
             )
+        assert self._peer_identity is not None
+        if self._admits is not None and not self._admits(self._peer_identity):
+            raise AuthenticationError("cannot authenticate the peer: it is no worker of this world")
         self._finished = True
         self.identity = self._peer_identity
         return (None if self._connecting else self._proof(False)), True

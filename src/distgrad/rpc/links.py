@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Links"]
 
 _TIDY_AFTER_S = 0.2
+_MOST_EACH = 4  # connections of one peer; an honest one makes one, and again what it gave up
 _AT_ONCE = "its connection closed as soon as it was made"
 
 
@@ -191,7 +192,8 @@ class Links:
     def accept(self, connection: Connection, identity: Any) -> None:
         """Take in a connection that a peer made and authenticated."""
         peer = identity[0]
-        if not self._world.recognises(identity, peer) or peer in self.lost:
+        others = sum(other.peer == peer for other in self.connections)
+        if not self._world.recognises(identity, peer) or peer in self.lost or others >= _MOST_EACH:
             connection.abort()
             return
         self._adopt(connection, peer)

@@ -105,4 +105,6 @@ class World:
             identity=(self.own.id, self.own.incarnation),
             peer_uid=peer_uid,
             world=self._key,
+            # Who connects says who it is; so each takes up no more than what one worker may.
+            admits=None if connecting else lambda identity: self.recognises(identity, identity[0]),
         )

@@ -24,6 +24,9 @@ __all__ = ["Pairing", "Purpose", "announce", "join"]
 _TOKEN_NBYTES = 32
 _FIRST, _LANE = b"\0", b"\1"
 _REFUSED, _JOINED = b"\0", b"\1"
+_MOST_EACH = (
+    4  # first sockets of one peer that wait; an honest one connects once, and again in need
+)
 
 
 class Purpose:
@@ -69,7 +72,8 @@ class Purpose:
 class Pairing:
     """First sockets that wait for their lanes, on the accepting side.
 
-    Their peers are known. Each waits as long as a handshake may take.
+    Their peers are known. Each waits as long as a handshake may take, and of one peer only the
+    latest few.
     """
 
     def __init__(self, poller: Poller) -> None:
@@ -82,6 +86,9 @@ class Pairing:
         if self._closed or token in self._waiting:  # an honest peer has a token of its own
             sock.close()
             return
+        of_peer = [token for token, (_, who, _) in self._waiting.items() if who == identity]
+        if len(of_peer) >= _MOST_EACH:
+            self._drop(of_peer[0])
         timer = self._poller.call_later(config.handshake_timeout, lambda: self._drop(token))
         self._waiting[token] = sock, identity, timer
 
