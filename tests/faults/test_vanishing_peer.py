@@ -12,12 +12,14 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pytest
 
 from distgrad._codec import Frame, decode
+from distgrad.config import config
 from distgrad.errors import TransportError
 from distgrad.testing.transport_pair import PATIENCE_S, Pair, handshakes, message
 from distgrad.transport._arena import memory_file
@@ -37,6 +39,8 @@ HEAD = bytes(message(ARRAYS).parts()[0])
 LOAN = np.arange(40_000, dtype="u1")
 LOAN_HEAD = bytes(message(LOAN).parts()[0])
 RECORD = struct.pack("<B3xIIIQQ32x", 255, 5, 1, 0, 0, LOAN.nbytes)
+APART = np.arange(1_000_000, dtype="u1")
+APART_HEAD = b"\xfe" + bytes(63) + bytes(message(APART).parts()[0])
 
 lanes: list[socket.socket] = []  # of the process that will be killed
 
@@ -227,6 +231,44 @@ def test_peer_killed_in_the_middle_of_a_loan_is_an_end(pair: Pair, cut: int, pas
         assert "is not known" in str(pair.far.ends()[0])
 
 
+def name_the_lane(nbytes: int) -> Act:
+    """Open the second socket and say so many bytes of what it is for."""
+
+    def act(sock: socket.socket) -> None:
+        enter(sock)
+        token = announce(sock)
+        another(sock)().sendall((b"\1" + token)[:nbytes])
+
+    return act
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 32, 33])
+@pytest.mark.parametrize("pair", ["tcp"], indirect=True)
+def test_peer_killed_as_its_second_socket_is_made_is_forgotten(
+    pair: Pair, nbytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "handshake_timeout", 0.5)  # the first one waits as long
+    vanish_after(pair, name_the_lane(nbytes))
+    if nbytes == 33:
+        pair.until(lambda: bool(pair.far.ends()))
+    assert [item for _, item in pair.far.events if isinstance(item, Frame)] == []
+
+
+@pytest.mark.parametrize("cut", [1, 64, len(APART_HEAD) - 1, len(APART_HEAD)])
+@pytest.mark.parametrize("brought", [0, 1, len(APART) - 1, len(APART)])
+@pytest.mark.parametrize("pair", ["tcp"], indirect=True)
+def test_peer_killed_at_a_byte_of_its_lane_is_an_end(pair: Pair, cut: int, brought: int) -> None:
+    def act(sock: socket.socket) -> None:
+        join_plainly(sock)
+        sock.sendall(APART_HEAD[:cut])
+        lanes[-1].settimeout(0.2 if cut < len(APART_HEAD) else PATIENCE_S)
+        with suppress(TimeoutError):  # who reads knows of no payload
+            lanes[-1].sendall(APART[:brought])
+
+    vanish_after(pair, act)
+    check_end(pair, cut + brought, len(APART_HEAD) + len(APART), APART)
+
+
 # -- of what it reads ----------------------------------------------------------------------
 
 
@@ -244,6 +286,8 @@ def test_peer_killed_while_it_reads_is_an_end(pair: Pair, cut: int, share: bool)
             memory[CONSUMED + 128 : CONSUMED + 136] = struct.pack("<Q", cut)
         elif cut:
             sock.recv(cut, socket.MSG_WAITALL)
+            for lane in lanes:
+                lane.recv(cut, socket.MSG_WAITALL)
 
     def speak(connection: Any, identity: Any) -> None:
         pair.far.connections.append(connection)

@@ -560,7 +560,10 @@ cdef class StreamConnection(LaneOwner):
             return self.error
         if result < 0:
             return failure(f"receive from {self.peer_address}", <int>-result)
-        if self.stage != IN_HEADER or self.end > 0 or self.payload is not None or self.held:
+        if (
+            self.stage != IN_HEADER or self.end > 0 or self.held
+            or self.payload is not None or self.apart
+        ):
             return TransportError(
                 f"cannot receive from {self.peer_address}: it ended in the middle of a message"
             )
