@@ -130,6 +130,12 @@ cdef class Outgoing:
         memcpy(self.head, &header, HEADER_NBYTES)
         self.sealed = True
 
+    def own(self):
+        """Copy the arrays, which their owner may change from now on; return their bytes."""
+        if self.arrays is not None:
+            self.arrays = [array.copy() for array in self.arrays]
+        return self.payload_nbytes
+
     def parts(self):
         """Return what to send, in order; seals.
 

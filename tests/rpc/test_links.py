@@ -1,6 +1,8 @@
 """Connections between workers: who makes them, and who must not wait for them."""
 
+import ctypes
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -9,11 +11,12 @@ import time
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from distgrad import rpc
 from distgrad.config import config
-from distgrad.errors import WorkerLostError
+from distgrad.errors import RpcTimeoutError, WorkerLostError
 from distgrad.message import Call
 from distgrad.rpc.future import Future
 from distgrad.rpc.links import Links
@@ -264,6 +267,64 @@ def test_tick_that_fails_is_called_again():
         worker.agent.ticks.append(tick)
         worker.agent.tick_by(time.monotonic())
         done.wait(10)
+
+
+def hold_the_gil_or_ask(rank, act):
+    barrier.wait(20)
+    if rank == 1:
+        ctypes.PyDLL(None).usleep(1_200_000)  # PyDLL does not let go of the GIL
+        return None
+    threading.Event().wait(0.1)  # that the other one holds it
+    return act()
+
+
+def ask_three_ways():
+    later = [rpc.rpc_async(1, twice, (i,)) for i in range(5)]
+    large = rpc.rpc_sync(1, twice, (np.ones(2**20),))
+    return [future.wait() for future in later], float(large.sum())
+
+
+def ask_with_little_patience():
+    array = np.ones(2**20)
+    for arguments in ((1,), (array,)):
+        with pytest.raises(RpcTimeoutError):
+            rpc.rpc_sync(1, twice, arguments, timeout=0.1)
+    array[:] = 2.0
+    return rpc.rpc_sync(1, twice, (1,))
+
+
+@pytest.mark.parametrize(
+    ("act", "expected"),
+    [(ask_three_ways, ([0, 2, 4, 6, 8], 2.0 * 2**20)), (ask_with_little_patience, 2)],
+)
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_worker_that_is_asked_first_while_it_computes_is_not_lost(
+    transport, act, expected, monkeypatch
+):
+    monkeypatch.setattr(config, "handshake_timeout", 0.3)
+    with World(2, transport=transport) as world:
+        assert world.run(hold_the_gil_or_ask, act) == [expected, None]
+
+
+def ask_a_stopped_worker(rank, pid):
+    os.kill(pid, signal.SIGSTOP)
+    return what_is_lost(lambda worker: rpc.rpc_sync(2, twice, (1,)))
+
+
+def test_worker_that_is_asked_first_while_it_is_stopped_is_lost(monkeypatch):
+    monkeypatch.setattr(config, "handshake_timeout", 0.3)
+    with World(3, transport="unix") as world:
+        pid = world.run(own_pid)[2]
+        try:
+            ((peer, why),) = world.run(ask_a_stopped_worker, pid, ranks=[0])
+        finally:
+            world.kill(2)
+    assert peer == 2
+    assert "no answer" in why
+
+
+def own_pid(rank):
+    return os.getpid()
 
 
 class NoticedLock:

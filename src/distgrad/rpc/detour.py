@@ -22,14 +22,21 @@ class Detour:
     ----------
     peer
         Id of the worker.
+
+    Attributes
+    ----------
+    is_long
+        Whether the peer has left a handshake unanswered, so that nobody should wait for it.
     """
 
     def __init__(self, peer: int) -> None:
         self.peer = peer
+        self.is_long = False
         self._lock = threading.Lock()
         self._messages: list[Outgoing] = []
         self._connection: Connection | None = None
         self._failure: Exception | None = None
+        self._detached = 0  # bytes of arrays that were copied
 
     def send(self, message: Outgoing) -> bool:
         """Keep a message, or send it; see `Connection.send`.
@@ -51,6 +58,33 @@ class Detour:
         """Count what is kept; see `Connection.waiting`."""
         with self._lock:
             return len(self._messages) if self._connection is None else self._connection.waiting()
+
+    @property
+    def closed(self) -> bool:
+        """See `Connection.closed`."""
+        with self._lock:
+            if self._connection is not None:
+                return self._connection.closed
+            return self._failure is not None
+
+    def flushed(self) -> bool:
+        """See `Connection.flushed`."""
+        with self._lock:
+            return not self._messages and (self._connection is None or self._connection.flushed())
+
+    def progress(self) -> int | None:
+        """See `Connection.progress`; unknown until there is one: calls have their deadlines."""
+        with self._lock:
+            return None if self._connection is None else self._connection.progress()
+
+    def detach(self, message: Outgoing) -> int | None:
+        """See `Connection.detach`."""
+        with self._lock:
+            if self._connection is not None:
+                return self._connection.detach(message)
+            if message in self._messages:
+                self._detached += message.own()
+            return self._detached
 
     def join(self, connection: Connection) -> None:
         """Send what was kept, and from now on everything, over a connection."""

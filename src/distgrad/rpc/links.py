@@ -5,6 +5,8 @@ Invariants
     2. A peer is lost once, for good: a worker that comes back has another incarnation.
     3. The thread that polls never waits for a connection: two workers that connect to each
        other at once would each wait for a handshake that the other one has to answer.
+    4. Who does not answer a handshake, but at its door, computes, and is no loss: what is sent
+       to it takes a detour until it answers. Nobody waits longer for it than a call may take.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from distgrad.errors import (
     WorkerLostError,
 )
 from distgrad.rpc.detour import Detour
-from distgrad.transport.base import Connection, Listener
+from distgrad.rpc.pulse import is_running
+from distgrad.transport.base import Connection, Listener, NoAnswer
 from distgrad.transport.registry import transport_for
 
 if TYPE_CHECKING:
@@ -96,7 +99,8 @@ class Links:
         """Return the connection for sending to a peer; connects on first use.
 
         On the thread that polls, this does not block: what it returns keeps messages until
-        there is a connection.
+        there is a connection. The same goes for other threads once the peer has not answered
+        for ``config.handshake_timeout``, although its process runs.
 
         Raises
         ------
@@ -106,27 +110,39 @@ class Links:
         connection = self.routes.get(peer)
         if connection is not None:
             return connection
-        if not self._polls_here():
+        detour = self._detours.get(peer)
+        if self._polls_here() or (detour is not None and detour.is_long):
+            return self._detour(peer)
+        try:
             return self._connect(peer)
+        except NoAnswer:
+            return self._detour(peer, is_long=True)
+
+    def _detour(self, peer: int, is_long: bool = False) -> Connection | Detour:
         self._refuse_lost(peer)
         with self._adopting:
             connection = self.routes.get(peer)
-            return connection if connection is not None else self._detour(peer)
-
-    def _detour(self, peer: int) -> Detour:
-        detour = self._detours.get(peer)
-        if detour is None:
-            detour = self._detours[peer] = Detour(peer)
-            threading.Thread(
-                target=self._end_detour, args=(detour,), name="distgrad-connects", daemon=True
-            ).start()
-        return detour
+            if connection is not None:
+                return connection
+            detour = self._detours.get(peer)
+            if detour is None:
+                detour = self._detours[peer] = Detour(peer)
+                threading.Thread(
+                    target=self._end_detour, args=(detour,), name="distgrad-connects", daemon=True
+                ).start()
+            detour.is_long |= is_long
+            return detour
 
     def _end_detour(self, detour: Detour) -> None:
-        try:
-            self._make(detour.peer)
-        except Exception as error:  # whatever it is, the peer is out of reach
-            self._lose(detour.peer, str(error))
+        while not self._closed:
+            try:
+                self._make(detour.peer)
+                return
+            except NoAnswer:
+                detour.is_long = True
+            except Exception as error:  # whatever it is, the peer is out of reach
+                self._lose(detour.peer, str(error))
+                return
 
     def _connect(self, peer: int) -> Connection:
         if threading.current_thread() is threading.main_thread():
@@ -157,6 +173,7 @@ class Links:
 
     def _reach(self, peer: int) -> Connection:
         failures = []
+        busy: NoAnswer | None = None
         for address in self._world.addresses_of(peer):
             try:
                 connection = transport_for(address.partition("://")[0]).connect(
@@ -169,11 +186,14 @@ class Links:
                 raise
             except (TransportError, OSError) as error:
                 failures.append(f"{address}: {error}")
+                busy = error if isinstance(error, NoAnswer) else busy
                 continue
             if self._world.recognises(connection.identity, peer):
                 return connection
             connection.abort()
             failures.append(f"{address}: another worker listens there")
+        if busy is not None and is_running(self._world.doors_of(peer), config.handshake_timeout):
+            raise busy
         text = f"cannot reach worker {self._world.name_of(peer)!r}: " + "; ".join(failures)
         self._lose(peer, text)
         raise WorkerLostError(text)

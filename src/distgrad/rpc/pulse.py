@@ -34,7 +34,7 @@ from distgrad.transport.stream import TcpTransport
 if TYPE_CHECKING:
     from distgrad.rpc.agent import Agent
 
-__all__ = ["PATIENCE", "Doors", "Rounds"]
+__all__ = ["PATIENCE", "Doors", "Rounds", "is_running"]
 
 #: Intervals that a peer may stay silent.
 PATIENCE = 3
@@ -111,6 +111,24 @@ def _abandon_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_abandon_in_child)
+
+
+def is_running(doors: Sequence[str], patience_s: float) -> bool:
+    """Whether a process answers at one of its doors; blocks for that long at most at each."""
+    return any(_answers(door, patience_s) for door in doors)
+
+
+def _answers(door: str, patience_s: float) -> bool:
+    with suppress(OSError, TransportError, ValueError):  # refused, silent, out of reach, or no door
+        scheme, location = parse_address(door)
+        if scheme == "tcp":
+            with socket.create_connection(split_host_port(location), patience_s) as sock:
+                return bool(sock.recv(1))
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(patience_s)
+            sock.connect(f"\0{location}")
+            return bool(sock.recv(1))
+    return False
 
 
 class Rounds:

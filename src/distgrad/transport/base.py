@@ -25,11 +25,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from distgrad.errors import TransportError
+
 if TYPE_CHECKING:
     from distgrad._codec import Outgoing
     from distgrad.transport._poller import Poller
 
-__all__ = ["MAX_HANDSHAKE_BYTES", "Connection", "Handshake", "Listener", "Transport"]
+__all__ = ["MAX_HANDSHAKE_BYTES", "Connection", "Handshake", "Listener", "NoAnswer", "Transport"]
 
 #: Longest message of a handshake: what a stranger may make us read.
 MAX_HANDSHAKE_BYTES = 512
@@ -61,6 +63,10 @@ class Handshake(ABC):
         AuthenticationError
             The peer is not who it has to be. The transport closes the connection.
         """
+
+
+class NoAnswer(TransportError):
+    """Somebody listens there, and did not answer in time."""
 
 
 class Connection(ABC):
@@ -209,8 +215,10 @@ class Transport(ABC):
         ------
         AuthenticationError
             One side refused the other.
+        NoAnswer
+            Somebody listens there, and did not answer in time.
         TransportError
-            Nobody listens there, or nobody answered in time.
+            Nobody listens there, or the connection broke.
         """
 
     def tidy(self, address: str) -> None:  # noqa: B027 - most transports leave nothing behind

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from distgrad.errors import AuthenticationError, TransportError
 from distgrad.transport._poller import Poller
-from distgrad.transport.base import MAX_HANDSHAKE_BYTES, Handshake
+from distgrad.transport.base import MAX_HANDSHAKE_BYTES, Handshake, NoAnswer
 
 __all__ = ["HalfOpen", "LastStep", "authenticate"]
 
@@ -185,8 +185,10 @@ def authenticate(sock: socket.socket, handshake: Handshake, deadline: float, add
     ------
     AuthenticationError
         One side refused the other.
+    NoAnswer
+        The peer did not answer in time.
     TransportError
-        The peer has gone, or did not answer in time.
+        The peer has gone.
     """
     try:
         message = handshake.start()
@@ -199,9 +201,7 @@ def authenticate(sock: socket.socket, handshake: Handshake, deadline: float, add
         if message is not None:
             sock.sendall(_packed(message))
     except TimeoutError:
-        raise TransportError(
-            f"cannot connect to {address}: no answer to the handshake in time"
-        ) from None
+        raise NoAnswer(f"cannot connect to {address}: no answer to the handshake in time") from None
     except ConnectionError as error:
         raise TransportError(
             f"cannot connect to {address}: it went away in the handshake ({error})"

@@ -18,6 +18,7 @@ from typing import Any
 from distgrad.config import config
 from distgrad.errors import AuthenticationError, TransportError
 from distgrad.transport._poller import Poller
+from distgrad.transport.base import NoAnswer
 
 __all__ = ["Pairing", "Purpose", "announce", "join"]
 
@@ -165,7 +166,7 @@ def join(
     except BaseException as error:
         sock.close()
         if isinstance(error, TimeoutError):
-            raise TransportError(f"cannot connect to {address}: no answer in time") from None
+            raise NoAnswer(f"cannot connect to {address}: no answer in time") from None
         if isinstance(error, ConnectionError):
             raise TransportError(
                 f"cannot connect to {address}: it went away with its second socket ({error})"

@@ -20,6 +20,7 @@ from distgrad.config import config
 from distgrad.errors import TransportError
 from distgrad.transport._arena import memory_file
 from distgrad.transport._ring import NOTE_NBYTES, RING_FILE_NBYTES, Ring
+from distgrad.transport.base import NoAnswer
 
 __all__ = ["Offer", "answer_offer"]
 
@@ -93,7 +94,7 @@ def answer_offer(sock: socket.socket, deadline: float, address: str) -> Ring | N
     try:
         message, fds = _receive_offer(sock, deadline)
     except TimeoutError:
-        raise TransportError(f"cannot connect to {address}: no offer in time") from None
+        raise NoAnswer(f"cannot connect to {address}: no offer in time") from None
     except ConnectionError as error:
         raise TransportError(
             f"cannot connect to {address}: it went away after the handshake ({error})"
