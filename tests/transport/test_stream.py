@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distgrad._codec import Frame, decode
+from distgrad.config import config
 from distgrad.errors import AuthenticationError, ProtocolError, TransportError
-from distgrad.testing.transport_pair import Pair, handshakes, message
+from distgrad.testing.transport_pair import Pair, handshakes, message, polling
 from distgrad.transport._poller import Poller
 from distgrad.transport._stream import StreamConnection
 from distgrad.transport.base import Listener, Transport
@@ -68,6 +69,29 @@ def raw() -> Iterator[Raw]:
 
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+# --- output
+
+
+@pytest.mark.parametrize("array", [np.zeros(3_000), np.zeros(2_000_000)], ids=["small", "large"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("transport", [UnixTransport, TcpTransport])
+def test_poll_returns_when_all_is_sent_that_somebody_waits_for(
+    monkeypatch: pytest.MonkeyPatch,
+    transport: Callable[[], Transport],
+    shared: bool,
+    array: np.ndarray[Any, Any],
+) -> None:
+    monkeypatch.setattr(config, "shared_memory", shared)
+    pair = Pair(transport())
+    connection = pair.connect()
+    for _ in range(12_000_000 // array.nbytes + 3):
+        connection.send(message(array))
+    with polling(pair.far):
+        while not connection.flushed():
+            pair.near.poll(float("inf"))
+    pair.close()
 
 
 # --- input

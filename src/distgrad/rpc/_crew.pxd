@@ -51,7 +51,9 @@ cdef class CrewCore(Desk):
     cdef Waiter find(self, object chain)
     cdef int exit(self, Waiter waiter) except -1
     cdef int run_own(self, Waiter waiter) except -1
-    cdef int lead(self, Waiter waiter, Future future, double deadline) except -1
+    cdef int lead(
+        self, Waiter waiter, Future future, double deadline, object connection=*
+    ) except -1
     cdef int lead_resident(self) except -1
     cdef int poll_once(self, double deadline) except -1
     cdef int tick(self) except -1

@@ -198,7 +198,7 @@ cdef class CrewCore(Desk):
                     return False
                 until = min(now + 0.001, deadline)
                 if waiter.leads or self.leadership.try_lead():
-                    self.lead(waiter, sent, until)
+                    self.lead(waiter, sent, until, connection)
                 else:
                     self.follow(waiter, sent, until)
         finally:
@@ -230,7 +230,10 @@ cdef class CrewCore(Desk):
             waiter.runs = False
         return 0
 
-    cdef int lead(self, Waiter waiter, Future future, double deadline) except -1:
+    cdef int lead(
+        self, Waiter waiter, Future future, double deadline, object connection=None
+    ) except -1:
+        """Poll until a future is done, a task comes, the time is over, or all is sent."""
         waiter.leads = True
         self.leader_thread = PyThread_get_thread_ident()
         self.awaited = future
@@ -240,6 +243,8 @@ cdef class CrewCore(Desk):
                 if self.backlog:
                     self.call_hands()
                 if deadline < INFINITY and now_s() >= deadline:
+                    break
+                if connection is not None and connection.flushed():
                     break
         finally:
             waiter.leads = False

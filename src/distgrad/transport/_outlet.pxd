@@ -40,6 +40,7 @@ cdef class Outlet(Pollable):
     cdef object queue              # deque of Write, oldest first
     cdef uint64_t taken            # bytes that the kernel or the ring took so far
     cdef bint writing              # a thread is between taking from the queue and sendmsg's return
+    cdef bint awaited              # somebody asked whether the queue is empty, and it was not
     cdef size_t turn               # most bytes of one drain, the rest is the poller's; 0: all
     cdef uint32_t wanted           # what to ask epoll for besides EPOLLOUT
     cdef uint32_t asked            # what epoll was asked for
@@ -51,6 +52,8 @@ cdef class Outlet(Pollable):
     cdef int drain(self) except -1
     cdef int gather(self, iovec *pieces, size_t *total) except -1
     cdef int sent(self, size_t nbytes) except -1
+    # Whether nothing is queued; if not, `poll` returns when that changes.
+    cdef bint is_empty(self) except -1
     # Read the arrays of a message no more; return the bytes of all copies, -1 if out of memory.
     cdef Py_ssize_t let_go(self, object message) except -2
     cdef int arm(self) except -1

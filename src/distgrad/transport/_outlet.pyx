@@ -182,6 +182,9 @@ cdef class Outlet(Pollable):
             if self.turn:
                 break
         self.writing = False
+        if self.awaited and not self.queue:
+            self.awaited = False
+            self.poller.ring()
         if self.ended:
             return self.release()
         if result < 0 and result != -EAGAIN and result != -EINTR:
@@ -216,6 +219,12 @@ cdef class Outlet(Pollable):
                 return 0
             self.queue.popleft()
         return 0
+
+    cdef bint is_empty(self) except -1:
+        if not self.queue and not self.writing:
+            return True
+        self.awaited = True
+        return False
 
     cdef Py_ssize_t let_go(self, object message) except -2:
         """See ``_outlet.pxd``; waits while another thread is in a system call with the arrays."""

@@ -231,9 +231,7 @@ cdef class StreamConnection(LaneOwner):
 
     def flushed(self):
         """Whether nothing of earlier sends is queued on this side."""
-        if self.lane is not None and (self.lane.queue or self.lane.writing):
-            return False
-        return not self.queue and not self.writing
+        return (self.lane is None or self.lane.is_empty()) and self.is_empty()
 
     def waiting(self):
         """Return how many messages of earlier sends are queued on this side."""

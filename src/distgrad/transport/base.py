@@ -106,7 +106,11 @@ class Connection(ABC):
 
     @abstractmethod
     def flushed(self) -> bool:
-        """Whether nothing of earlier `send` calls is still queued on this side."""
+        """Whether nothing of earlier `send` calls is still queued on this side.
+
+        After a False, `Poller.poll` returns as soon as this is worth another look; a transport
+        that does not see to that (with `Poller.wake`) is asked every millisecond.
+        """
 
     def waiting(self) -> int:
         """Return how many messages of earlier `send` calls are queued on this side."""
