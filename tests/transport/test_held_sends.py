@@ -1,6 +1,6 @@
 """A connection breaks while a thread is in the system call that sends from its queue.
 
-The call is held by a library that is preloaded (``held_sendmsg.c``), so that each of these
+The call is held by a library that is preloaded (``_held_sendmsg_native.c``), so that each of these
 happens every time: in a process of its own.
 """
 
@@ -126,7 +126,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not shutil.which(compiler):
         pytest.skip("no C compiler")
     library = tmp_path_factory.mktemp("shim") / "held.so"
-    source = Path(__file__).with_name("held_sendmsg.c")
+    source = Path(__file__).with_name("_held_sendmsg_native.c")
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", source, "-o", library, "-ldl"], check=True)
     return library
 
