@@ -23,7 +23,9 @@ from distgrad.rpc.links import Links
 from distgrad.rpc.worker import Worker
 from distgrad.testing import World
 from distgrad.transport._poller import Poller
+from distgrad.transport.lanes import Pairing
 from distgrad.transport.registry import transport_for
+from distgrad.transport.shm import Offer
 
 
 @rpc.expose
@@ -304,6 +306,44 @@ def test_worker_that_is_asked_first_while_it_computes_is_not_lost(
     monkeypatch.setattr(config, "handshake_timeout", 0.3)
     with World(2, transport=transport) as world:
         assert world.run(hold_the_gil_or_ask, act) == [expected, None]
+
+
+def compute_once(cls, name, first):
+    """Have this process compute for a while, once, before or after it calls a method."""
+    method, turns = getattr(cls, name), [lambda: ctypes.PyDLL(None).usleep(800_000)]
+
+    def slow(*args):
+        turn = turns.pop() if turns else lambda: None
+        if first:
+            turn()
+        result = method(*args)
+        if not first:
+            turn()
+        return result
+
+    setattr(cls, name, slow)
+
+
+def shake_hands_slowly(rank):
+    if rank == 1:
+        compute_once(Offer, "send", first=False)  # it has the answer when it goes on
+        compute_once(Pairing, "take", first=True)  # and here the peer has given up
+    barrier.wait(20)
+    return rpc.rpc_sync(1, twice, (1,)) if rank == 0 else None
+
+
+def ask_each_other(rank):
+    return rpc.rpc_sync(1 - rank, twice, (rank,))
+
+
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_workers_are_not_lost_when_one_computes_in_the_middle_of_a_handshake(
+    transport, monkeypatch
+):
+    monkeypatch.setattr(config, "handshake_timeout", 0.3)
+    with World(2, transport=transport) as world:
+        assert world.run(shake_hands_slowly) == [2, None]
+        assert world.run(ask_each_other) == [0, 2]
 
 
 def ask_a_stopped_worker(rank, pid):

@@ -6,6 +6,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -47,17 +48,16 @@ def first_socket(pair: Pair, number: int) -> socket.socket:
 
 
 def test_lane_of_another_peer_is_refused(pair: Pair) -> None:
-    with polling(pair.far), first_socket(pair, 3) as sock:
-        token = announce(sock)
-        with expect(AuthenticationError):
-            join(token, time.monotonic() + PATIENCE_S, "there", lambda: first_socket(pair, 4))
-        with expect(AuthenticationError):
-            join(bytes(32), time.monotonic() + PATIENCE_S, "there", lambda: first_socket(pair, 3))
-        with join(
-            token, time.monotonic() + PATIENCE_S, "there", lambda: first_socket(pair, 3)
-        ) as lane:
-            assert lane.fileno() >= 0
-    pair.until(lambda: len(pair.far.connections) == 2)
+    until = time.monotonic() + PATIENCE_S
+    with ExitStack() as kept:
+        with polling(pair.far):
+            token = announce(kept.enter_context(first_socket(pair, 3)))
+            with expect(AuthenticationError):
+                join(token, until, "there", lambda: first_socket(pair, 4))
+            with expect(AuthenticationError):
+                join(bytes(32), until, "there", lambda: first_socket(pair, 3))
+            kept.enter_context(join(token, until, "there", lambda: first_socket(pair, 3)))
+        pair.until(lambda: len(pair.far.connections) == 2)
     assert pair.far.connections[1].identity == 3
 
 

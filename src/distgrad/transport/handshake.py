@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from distgrad.errors import AuthenticationError, TransportError
 from distgrad.transport._poller import Poller
 from distgrad.transport.base import MAX_HANDSHAKE_BYTES, Handshake, NoAnswer
+from distgrad.transport.patience import Patience
 
 __all__ = ["HalfOpen", "LastStep", "authenticate"]
 
@@ -103,7 +104,7 @@ class HalfOpen:
         self._on_failed = on_failed
         self._last_step = last_step
         self._waits = False
-        self._timer = poller.call_later(timeout_s, self._expire)
+        self._patience = Patience(poller, timeout_s, self._expire)
         sock.setblocking(False)
         poller.watch(sock.fileno(), self._on_readable)
 
@@ -117,7 +118,7 @@ class HalfOpen:
         self._sock.close()
 
     def _release(self) -> None:
-        self._timer.cancel()
+        self._patience.cancel()
         if self._sock.fileno() >= 0:
             self._poller.unwatch(self._sock.fileno())
 

@@ -19,6 +19,7 @@ from distgrad.config import config
 from distgrad.errors import AuthenticationError, TransportError
 from distgrad.transport._poller import Poller
 from distgrad.transport.base import NoAnswer
+from distgrad.transport.patience import Patience
 
 __all__ = ["Pairing", "Purpose", "announce", "join"]
 
@@ -90,8 +91,8 @@ class Pairing:
         of_peer = [token for token, (_, who, _) in self._waiting.items() if who == identity]
         if len(of_peer) >= _MOST_EACH:
             self._drop(of_peer[0])
-        timer = self._poller.call_later(config.handshake_timeout, lambda: self._drop(token))
-        self._waiting[token] = sock, identity, timer
+        patience = Patience(self._poller, config.handshake_timeout, lambda: self._drop(token))
+        self._waiting[token] = sock, identity, patience
 
     def take(self, lane: socket.socket, identity: Any, token: bytes) -> socket.socket:
         """Return the first socket of a lane, and tell the peer that both are here.
@@ -106,8 +107,8 @@ class Pairing:
         if token not in self._waiting or self._waiting[token][1] != identity:
             lane.send(_REFUSED, socket.MSG_NOSIGNAL)
             raise AuthenticationError("cannot join a lane to a connection that the peer has not")
-        sock, _, timer = self._waiting.pop(token)
-        timer.cancel()
+        sock, _, patience = self._waiting.pop(token)
+        patience.cancel()
         try:
             lane.send(_JOINED, socket.MSG_NOSIGNAL)
         except OSError:
@@ -123,8 +124,8 @@ class Pairing:
 
     def _drop(self, token: bytes) -> None:
         if waiting := self._waiting.pop(token, None):  # unless its lane came just now
-            sock, _, timer = waiting
-            timer.cancel()
+            sock, _, patience = waiting
+            patience.cancel()
             sock.close()
 
 

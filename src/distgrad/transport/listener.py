@@ -175,7 +175,16 @@ class StreamListener(Listener):
     def _introduce(
         self, sock: socket.socket, lane: socket.socket | None, identity: Any, ring: Ring | None
     ) -> None:
-        """Make the connection and hand it to the layer above."""
+        """Make the connection and hand it to the layer above.
+
+        Unless the peer has given up meanwhile, as when this side was busy: it will try again, and
+        must not be taken for one that was lost.
+        """
+        if _has_ended(sock) or (lane is not None and _has_ended(lane)):
+            sock.close()
+            if lane is not None:
+                lane.close()
+            return
         peer = f"{self.address}#{sock.fileno()}"
         with sock:
             connection = self._transport.adopt(sock, self._poller, peer, identity, ring, lane)
@@ -184,6 +193,16 @@ class StreamListener(Listener):
         except BaseException:
             connection.abort()
             raise
+
+
+def _has_ended(sock: socket.socket) -> bool:
+    """Whether a peer has closed its end and left nothing to read."""
+    try:
+        return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _remove_in(pid: int, remove: Callable[[], None]) -> None:
