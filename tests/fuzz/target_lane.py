@@ -68,17 +68,13 @@ class Story:
         message.overtakes = bool(how & 1)
         head, *payload = map(memoryview, message.parts())
         nbytes = sum(part.nbytes for part in payload) if apart else 0
+        self.honest &= bool(nbytes) or not apart
+        data = _RECORD + bytes(head) if apart else b"".join((head, *payload))
+        self.honest &= self.far.send(data, socket.MSG_NOSIGNAL) == len(data)
         if how & 1:
             self.free.add(len(self.told))
         self.told.append((self.due, nbytes))
         self.due += nbytes
-        self.honest &= bool(nbytes) or not apart
-        data = _RECORD + bytes(head) if apart else b"".join((head, *payload))
-        try:
-            self.honest &= self.far.send(data, socket.MSG_NOSIGNAL) == len(data)
-        except OSError:
-            self.told.pop()
-            raise
 
     def bring(self, nbytes: int) -> None:
         """Write on the lane, while it is read."""
@@ -205,6 +201,7 @@ class Story:
         assert [n for n in self.came if n not in self.free] == [
             n for n in range(whole) if n not in self.free
         ]
+        assert {n for n in self.free if n < whole or not self.told[n][1]} <= set(self.came)
         assert len(set(self.came)) == len(self.came)
 
 

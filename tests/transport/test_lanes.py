@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distgrad._codec import Frame, Outgoing
+from distgrad._codec import Frame, Outgoing, decode
 from distgrad.errors import ProtocolError, TransportError
 from distgrad.testing.transport_pair import Pair, expect, message, polling
 from distgrad.transport._poller import Poller
@@ -244,6 +244,23 @@ def test_payload_that_is_here_when_the_lane_ends_is_received(raw: Raw) -> None:
     raw.socket.sendall(head)
     assert "in the middle of a message" in str(raw.poll_until_ended())
     assert [type(item) for item in raw.events[:-1]] == [Frame]
+
+
+def test_message_that_overtakes_is_received_although_the_lane_ends_before(raw: Raw) -> None:
+    head, payload = announced(np.arange(10_000.0))
+    raw.socket.sendall(head)
+    assert raw.poller.poll(0.0, False) == []
+    near, mine = socket.socketpair()
+    StreamConnection(raw.poller, mine.detach(), scheme="tcp", peer_address="it", identity=None)
+    near.sendall(bytes(message("so that no other one is read first").parts()[0]))
+    assert len(raw.poller.poll(PATIENCE_S, False)) == 1
+    raw.lane.sendall(payload[:1000])
+    assert raw.poller.poll(0.0, False) == []
+    raw.lane.close()
+    raw.socket.sendall(bytes(free("overtakes").parts()[0]))
+    assert "in the middle of a message" in str(raw.poll_until_ended())
+    assert [decode(item) for item in raw.events[:-1]] == ["overtakes"]
+    near.close()
 
 
 def test_payload_that_is_here_when_a_send_fails_is_received(raw: Raw) -> None:

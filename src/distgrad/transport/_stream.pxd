@@ -63,6 +63,7 @@ cdef class StreamConnection(LaneOwner):
     cdef bint send_apart(self, Outgoing message) except -1
     cdef Write lend(self, Outgoing message, Write parts)
     cdef bint listen(self, list events) except -1
+    cdef int read_rest(self, list events) except -1
     cdef Py_ssize_t hear_bells(self) except? -2
     cdef int accept_loan(self) except -1
     cdef int accept_apart(self) except -1

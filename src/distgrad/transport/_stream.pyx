@@ -322,12 +322,17 @@ cdef class StreamConnection(LaneOwner):
             return True
         if result == -ECONNRESET:
             result = 0            # it left bells unheard, as it may
-        for _ in range(2 * RING // BUFFER):      # what it wrote before it went
-            if self.receive() <= 0:
-                break
-            self.parse(events)
+        self.read_rest(events)
         self.finish(events, self.end_reason(result))
         return False
+
+    cdef int read_rest(self, list events) except -1:
+        """Report what the peer wrote before it went."""
+        for _ in range(2 * RING // BUFFER):
+            if self.ended or self.receive() <= 0:
+                break
+            self.parse(events)
+        return 0
 
     cdef Py_ssize_t hear_bells(self) except? -2:
         """Read the socket of a connection with a ring once, and take in what it passes."""
@@ -494,6 +499,8 @@ cdef class StreamConnection(LaneOwner):
         return 0
 
     cdef int on_lane_end(self, list events, Py_ssize_t result) except -1:
+        if self.last_words is None:
+            self.read_rest(events)      # there may be some that overtake
         return self.finish(events, self.end_reason(result))
 
     cdef int wait_for_lane(self) except -1:
