@@ -44,9 +44,9 @@ def pair() -> Iterator[Pair]:
 class Raw:
     """A connection with a lane whose peer is two bare sockets in the hands of the test."""
 
-    def __init__(self) -> None:
-        self.socket, mine = socket.socketpair()
-        self.lane, other = socket.socketpair()
+    def __init__(self, make_pair: Any = socket.socketpair) -> None:
+        self.socket, mine = make_pair()
+        self.lane, other = make_pair()
         self.poller = Poller()
         self.connection = StreamConnection(
             self.poller, mine.detach(), scheme="tcp", peer_address="test", identity=None,
@@ -61,14 +61,42 @@ class Raw:
             self.events += [item for _, item in self.poller.poll(0.01, False)]
         return self.events[-1]
 
+    def poll(self, timeout_s: float) -> None:
+        self.events += [item for _, item in self.poller.poll(timeout_s, False)]
+
+    def bring(self, payload: bytes) -> None:
+        """Send on the lane, and poll until that is taken in."""
+        sender = threading.Thread(target=self.lane.sendall, args=(payload,))
+        sender.start()
+        while sender.is_alive():
+            self.poll(0.01)
+        for _ in range(10):
+            self.poll(0.01)
+
+    def close(self) -> None:
+        self.poller.close()
+        self.socket.close()
+        self.lane.close()
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = socket.create_connection(server.getsockname())
+        return near, server.accept()[0]
+
 
 @pytest.fixture
 def raw() -> Iterator[Raw]:
     raw = Raw()
     yield raw
-    raw.poller.close()
-    raw.socket.close()
-    raw.lane.close()
+    raw.close()
+
+
+@pytest.fixture
+def over_tcp() -> Iterator[Raw]:
+    raw = Raw(tcp_pair)
+    yield raw
+    raw.close()
 
 
 def announced(value: Any) -> tuple[bytes, bytes]:
@@ -294,6 +322,32 @@ def test_end_waits_for_a_lane_as_long_as_it_brings_bytes(raw: Raw) -> None:
         raw.lane.sendall(payload[start : start + 100_000])
     assert raw.poll_until_ended() is None
     assert raw.events[0].payload is not None
+
+
+def test_end_waits_for_a_lane_over_tcp_that_brings_little_at_a_time(over_tcp: Raw) -> None:
+    head, payload = announced(np.arange(2_100_000.0))
+    over_tcp.socket.sendall(head)
+    over_tcp.bring(payload[:-400_000])
+    over_tcp.socket.shutdown(socket.SHUT_WR)
+    for start in range(len(payload) - 400_000, len(payload), 100_000):
+        until = time.monotonic() + 0.4
+        while time.monotonic() < until:
+            over_tcp.poll(0.1)
+        over_tcp.lane.sendall(payload[start : start + 100_000])
+    assert over_tcp.poll_until_ended() is None
+    assert over_tcp.events[0].payload is not None
+
+
+@pytest.mark.parametrize("rest", [1, 10_000, 300_000])
+def test_payload_whose_last_bytes_come_late_arrives(over_tcp: Raw, rest: int) -> None:
+    array = np.arange(2_100_000.0)
+    head, payload = announced(array)
+    over_tcp.socket.sendall(head)
+    over_tcp.bring(payload[:-rest])
+    assert over_tcp.events == []
+    over_tcp.bring(payload[-rest:])
+    [frame] = over_tcp.events
+    assert np.array_equal(decode(frame), array)
 
 
 def test_messages_behind_a_payload_that_does_not_come_take_little_memory(raw: Raw) -> None:

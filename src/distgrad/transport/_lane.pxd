@@ -13,6 +13,7 @@ cdef enum:
     AHEAD = 16 * 1024 * 1024  # most fresh memory of a payload that is made ready before its bytes
     PART = 4 * 1024 * 1024    # of it at a time
     APART_MARK = 0xFE         # first byte of the record that stands before such a message
+    PIECE = 256 * 1024        # most bytes that the poller waits for before it looks again
     RECORD = 64               # bytes of that record; the others are 0
 
 
@@ -41,12 +42,13 @@ cdef class Lane(Outlet):
     cdef char *target              # where the rest of it goes
     cdef Py_ssize_t room           # bytes from `target` on that have pages
     cdef Py_ssize_t ordered        # bytes behind those that another thread touches now
-
+    cdef Py_ssize_t enough         # bytes to come before the poller looks
     cdef double next_way           # no earlier than then it gives way to other threads
 
     cdef int expect(self, Arriving message) except -1
     cdef int begin(self) except -1
     cdef int make_room(self) except -1
+    cdef int look_after(self, Py_ssize_t nbytes) except -1
     cdef void give_way(self) noexcept nogil
     cdef int disown(self) except -1
     cdef int finish(self) except -1

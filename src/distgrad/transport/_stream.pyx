@@ -513,6 +513,7 @@ cdef class StreamConnection(LaneOwner):
 
     cdef int await_lane(self) except -1:
         self.brought = (len(self.held), self.lane.missing)
+        self.lane.look_after(1)     # a few bytes within that time count
         self.last_words = self.poller.call_later(CLOSE_FLUSH_S, self.give_up)
         return 0
 
