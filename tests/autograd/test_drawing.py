@@ -69,3 +69,14 @@ def test_collecting_leaves_out_what_is_too_much(threads: World) -> None:
     assert len(parts[0]["nodes"]) == 200
     assert parts[0]["left_out"] == 1
     assert [part["worker"] for part in parts.values()] == ["worker0", "worker1"]
+
+
+def test_drawing_shows_results_that_nothing_uses(threads: World) -> None:
+    def program(rank: int) -> Any:
+        x = dg.tensor([1.0], requires_grad=True)
+        with dist_autograd.context() as context_id:
+            rpc.rpc_sync("worker1", served.scale, args=(x,))
+            return collect(rpc.current_worker().extensions["autograd"], int(context_id))
+
+    parts = threads.run(program, ranks=[0])[0]
+    assert [node["kind"] for node in parts[0]["nodes"]] == ["send", "recv", "leaf"]

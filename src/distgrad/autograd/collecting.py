@@ -37,8 +37,8 @@ def graph_here(context_id: int) -> Graph:
     engine: Engine = worker.extensions["autograd"]
     part = engine.existing(context_id)
     roots = [root for reference in part.roots if (root := reference()) is not None]
-    nodes, edges, left_out = _walk([*(gradient_edge(r)[0] for r in roots), *part.sends.values()])
-    messages = [*part.sends.values(), *part.recvs.values()]
+    messages: list[Any] = [*part.sends.values(), *part.recvs.values()]
+    nodes, edges, left_out = _walk([*(gradient_edge(r)[0] for r in roots), *messages])
     return {
         "worker": worker.name,
         "nodes": [_described(node) for node in nodes],
