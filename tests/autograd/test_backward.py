@@ -400,3 +400,18 @@ def repeated_gradients(rank: int) -> Any:
 def test_backward_gradient_that_repeats_is_sent_once(trio: World) -> None:
     for name, sent in on_first(trio, repeated_gradients).items():
         assert sent < 4_000_000 / 10, name
+
+
+def odd_timeouts(rank: int) -> Any:
+    x = leaf(1.0)
+    with dist_autograd.context() as context_id:
+        loss = rpc.rpc_sync("worker1", served.scale, args=(x, 5.0)).sum()
+        for timeout, kind in ((-1, ValueError), (float("nan"), ValueError), ("3", TypeError)):
+            with pytest.raises(kind, match="timeout="):
+                dist_autograd.backward(context_id, [loss], timeout=timeout)
+        dist_autograd.backward(context_id, [loss], timeout=0)  # none, as for calls
+        return gradient(context_id, x)
+
+
+def test_backward_refuses_timeouts_that_are_no_time(trio: World) -> None:
+    assert_array_equal(on_first(trio, odd_timeouts), [5.0])

@@ -82,7 +82,7 @@ def backward(
     accumulate_into
         ``"context"``, or ``"grad"`` to add to ``.grad`` of the leaves on all workers.
     timeout
-        Seconds after which the pass fails; None for no limit beyond the deadline of the
+        Seconds after which the pass fails; None or 0 for no limit beyond the deadline of the
         call that is being served. A rule or hook that runs on this thread is not interrupted.
 
     Raises

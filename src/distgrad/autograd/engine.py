@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 from collections.abc import Collection, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -290,9 +291,9 @@ class Engine:
         flags = _flags(retain_graph, create_graph, accumulate_into)
         starts = seeds(roots, grads)
         part.roots = [ref(root) for root in roots]
+        patience = _patience(timeout)
         pass_id = next(self._pass_ids)
         outcome = Future(chain=-pass_id, agent=self._agent)
-        patience = _patience(timeout)
         until = None if patience is None else time.monotonic() + patience
         run = part.start(pass_id, flags, starts, outcome.set_result)
         if not outcome.done():
@@ -341,6 +342,15 @@ def _flags(retain_graph: bool, create_graph: bool, accumulate_into: str) -> int:
 
 def _patience(timeout: float | None) -> float | None:
     """Return how long a pass may take: what is asked for, and within the call served here."""
+    if timeout is not None and not isinstance(timeout, Real):
+        raise TypeError(
+            f"cannot run the backward pass with timeout={timeout!r}: expected seconds, 0 for none"
+        )
+    if timeout is not None and not timeout >= 0:
+        raise ValueError(
+            f"cannot run the backward pass with timeout={timeout!r}: expected 0 or more"
+        )
+    timeout = timeout or None
     by = deadline()
     if by is None:
         return timeout
