@@ -402,6 +402,25 @@ def test_backward_gradient_that_repeats_is_sent_once(trio: World) -> None:
         assert sent < 4_000_000 / 10, name
 
 
+def independent_gradients(rank: int) -> Any:
+    x, y, z = (dg.tensor(np.ones(shape), requires_grad=True) for shape in ((2, 3), (3, 2), (6,)))
+    given = np.arange(6.0)
+    with dist_autograd.context() as context_id:
+        root = x.reshape(-1) + y.T.reshape(-1) + z.reshape(2, 3).reshape(-1)
+        dist_autograd.backward(context_id, [root], grads=[given])
+        for changed in (x, y, z):
+            others = [t for t in (x, y, z) if t is not changed]
+            before = [gradient(context_id, t).copy() for t in others]
+            gradient(context_id, changed)[...] = -1.0
+            for tensor, old in zip(others, before, strict=True):
+                assert_array_equal(gradient(context_id, tensor), old)
+        return given
+
+
+def test_gradients_of_leaves_share_no_memory(trio: World) -> None:
+    assert_array_equal(on_first(trio, independent_gradients), np.arange(6.0))
+
+
 def odd_timeouts(rank: int) -> Any:
     x = leaf(1.0)
     with dist_autograd.context() as context_id:

@@ -134,3 +134,23 @@ def test_gradcheck_finds_a_wrong_rule() -> None:
     wrong.defvjp(lambda g, ans, x: g * x)
     with pytest.raises(AssertionError, match="input 0"):
         gradcheck(wrong, leaf(1.0, 2.0))
+
+
+class FiveTimes(dg.Function):
+    """Its rule writes into the gradient that it gets."""
+
+    @staticmethod
+    def forward(ctx: Any, x: dg.Tensor) -> dg.Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, g: dg.Tensor) -> dg.Tensor:
+        g *= 5.0
+        return g
+
+
+@pytest.mark.parametrize("n", [3, 100_000])  # a gradient that repeats is a view above some size
+def test_rule_may_write_into_the_gradient_it_gets(n: int) -> None:
+    x, y = (dg.tensor(np.ones(n), requires_grad=True) for _ in range(2))
+    ((FiveTimes.apply(x) + y) * 3.0).sum().backward()
+    assert (x.grad[n - 1].item(), y.grad[n - 1].item()) == (15.0, 3.0)

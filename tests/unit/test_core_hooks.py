@@ -162,3 +162,28 @@ def test_hooks_under_create_graph_get_recorded_gradients() -> None:
     (first,) = dg.grad(y, x, create_graph=True)
     (second,) = dg.grad(first, x)
     assert (first.tolist(), second.tolist()) == ([18.0], [12.0])
+
+
+@pytest.mark.parametrize("n", [3, 100_000])  # a gradient that repeats is a view above some size
+@pytest.mark.parametrize("where", ["leaf", "result", "node"])
+def test_hook_may_write_into_the_gradient_it_gets(n: int, where: str) -> None:
+    x, y = (dg.tensor(np.ones(n), requires_grad=True) for _ in range(2))
+    z = x * 1.0
+
+    def double(gradient: Any) -> None:
+        gradient = gradient[0] if isinstance(gradient, tuple) else gradient
+        gradient *= 2.0
+
+    if where == "node":
+        gradient_edge(z)[0].register_prehook(double)
+    else:
+        (x if where == "leaf" else z).register_hook(double)
+    ((z + y) * 3.0).sum().backward()
+    assert (x.grad[n - 1].item(), y.grad[n - 1].item()) == (6.0, 3.0)
+
+
+def test_grad_returns_arrays_that_may_be_written() -> None:
+    x, y = (dg.tensor(np.ones(100_000), requires_grad=True) for _ in range(2))
+    by_x, by_y = dg.grad(((x + y) * 3.0).sum(), [x, y])
+    by_x += 1.0
+    assert (by_x[7].item(), by_y[7].item()) == (4.0, 3.0)

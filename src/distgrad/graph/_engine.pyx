@@ -13,7 +13,8 @@ from cpython.ref cimport Py_INCREF, Py_XDECREF
 from cpython.tuple cimport PyTuple_GET_ITEM
 
 from distgrad.graph._gradient cimport (
-    accumulate, add_gradients, condense, fit, scaled, sort_gradients, spread_out, store_gradient,
+    accumulate, add_gradients, condense, fit, own, scaled, sort_gradients, spread_out,
+    store_gradient,
 )
 from distgrad.graph._kernels cimport GETITEM, RESHAPE, SUM, filled, small_gradient
 from distgrad.graph._node cimport (
@@ -54,6 +55,8 @@ cdef object hooked(list hooks, object gradient, bint create):
 cdef int run_before(Node node, list grads, bint create) except -1:
     """Tensor hooks, retained gradients and pre-hooks of a node with hooks, in this order."""
     cdef TensorBase tensor
+    if node.hooks.tensor or node.hooks.before:
+        own(grads)
     for slot in range(len(grads)):
         if grads[slot] is None:
             continue
@@ -648,6 +651,7 @@ cdef class GraphTask:
         cdef Hooks hooks = node.variable.hooks
         cdef dict wanted = self.wanted
         if hooks is not None and 0 in hooks.tensor and grads[0] is not None:
+            own(grads)
             grads[0] = hooked(hooks.tensor[0], grads[0], self.create)
         if node.hooks is not None:
             run_before(node, grads, self.create)
@@ -670,6 +674,8 @@ cdef class GraphTask:
     cdef int run_apply(self, int index, Node node, list grads) except -1:
         """A node written in Python."""
         cdef int k
+        if node.writes:
+            own(grads)
         results = node.apply(tuple(grads))
         if not isinstance(results, (tuple, list)):
             results = (results,)
@@ -882,4 +888,5 @@ def grad(outputs, inputs, grad_outputs=None, *, retain_graph=None, create_graph=
     if not allow_unused and any([found is None for found in task.captured]):
         raise GraphError("cannot find a gradient: an input is not used by the outputs",
                          hint="pass allow_unused=True to get None")
+    own(task.captured)
     return tuple([as_tensor(found) for found in task.captured])

@@ -10,6 +10,7 @@ cdef class GradientTable:
     cdef dict entries               # leaf -> ndarray, or Tensor once handed out
 
 
+cdef int own(list gradients) except -1
 cdef object sum_axes(object gradient, tuple shape)
 cdef object fit(object gradient, Meta *meta, Node node, bint create)
 cdef object condense(object gradient)

@@ -21,6 +21,7 @@ cnp.import_array()
 
 cdef extern from "Python.h":
     object PyObject_Vectorcall(object callable, PyObject **args, size_t n, PyObject *names)
+    PyObject *PyList_GET_ITEM(object items, Py_ssize_t i) noexcept
     PyObject *PyDict_GetItemWithError(object table, object key) except? NULL
     Py_ssize_t Py_REFCNT(PyObject *object) noexcept
     int PyThread_acquire_lock(void *lock, int wait) noexcept nogil
@@ -53,6 +54,39 @@ cdef inline bint is_exclusive(PyObject *array) noexcept:
         and (cnp.PyArray_IS_C_CONTIGUOUS(<cnp.ndarray>array)
              or cnp.PyArray_IS_F_CONTIGUOUS(<cnp.ndarray>array))
     )
+
+
+cdef bint is_own(PyObject *array) noexcept:
+    """Whether an array of which the caller holds one reference may be given away to be written.
+
+    Memory that is not an array's, as that of a message, belongs to the one array made of it.
+    """
+    cdef int i
+    cdef PyObject *base
+    if is_exclusive(array):
+        return True
+    if (Py_REFCNT(array) > 1 or not cnp.PyArray_CheckExact(<object>array)
+            or not cnp.PyArray_CHKFLAGS(<cnp.ndarray>array, cnp.NPY_ARRAY_WRITEABLE)):
+        return False
+    base = cnp.PyArray_BASE(<cnp.ndarray>array)
+    if base == NULL or isinstance(<object>base, np.ndarray):
+        return False
+    for i in range(cnp.PyArray_NDIM(<cnp.ndarray>array)):
+        if (cnp.PyArray_STRIDE(<cnp.ndarray>array, i) == 0
+                and cnp.PyArray_DIM(<cnp.ndarray>array, i) > 1):
+            return False
+    return True
+
+
+cdef int own(list gradients) except -1:
+    """Make gradients writable for whoever gets the list: those it alone has, copies of others."""
+    cdef Py_ssize_t i
+    cdef PyObject *gradient
+    for i in range(len(gradients)):
+        gradient = PyList_GET_ITEM(gradients, i)
+        if cnp.PyArray_CheckExact(<object>gradient) and not is_own(gradient):
+            gradients[i] = cnp.PyArray_NewCopy(<cnp.ndarray>gradient, cnp.NPY_KEEPORDER)
+    return 0
 
 
 cdef object sum_axes(object gradient, tuple shape):
@@ -269,15 +303,13 @@ cdef class GradientTable:
         self.entries.clear()
 
     def get(self, TensorBase leaf not None):
-        """Return the gradient of a leaf as a Tensor, or None."""
+        """Return the gradient of a leaf as a Tensor, which may be written, or None."""
         cdef PyObject *entry = PyDict_GetItemWithError(self.entries, leaf)
         if entry == NULL:
             return None
         if not isinstance(<object>entry, TensorBase):
-            if Py_REFCNT(entry) > 1 or not cnp.PyArray_ISWRITEABLE(<cnp.ndarray>entry):
-                self.entries[leaf] = wrap((<object>entry).copy())
-            else:
-                self.entries[leaf] = wrap(<object>entry)
+            gradient = <object>entry if is_own(entry) else (<object>entry).copy()
+            self.entries[leaf] = wrap(gradient)
         return self.entries[leaf]
 
     def as_dict(self):

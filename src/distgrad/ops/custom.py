@@ -107,6 +107,7 @@ class Context(Node):
             for arg, want in zip(args, wanted, strict=True)
         ]
         Node.__init__(self, edges, len(outputs))
+        self.writes = True
         self._like = [(output.shape, output.dtype) for output in outputs]
         slots = {id(output): i for i, output in enumerate(outputs)}
         self._saved = tuple(
