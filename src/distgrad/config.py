@@ -67,6 +67,8 @@ class Config:
     trace_graph: bool = False
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, (int, float)) and not value >= 0:  # true of NaN
+            raise ValueError(f"cannot set {name} to {value!r}: expected 0 or more")
         super().__setattr__(name, value)
         for listener in self.__dict__.get("_listeners", {}).get(name, ()):
             listener(value)
@@ -94,8 +96,9 @@ def _from_environment() -> Config:
             try:
                 setattr(settings, field.name, _parse(str(field.type), os.environ[variable]))
             except ValueError:
+                least = "" if field.type in ("bool", "str") else ", 0 or more"
                 raise ValueError(
-                    f"cannot read {variable}={os.environ[variable]!r}: expected {field.type}"
+                    f"cannot read {variable}={os.environ[variable]!r}: expected {field.type}{least}"
                 ) from None
     return settings
 

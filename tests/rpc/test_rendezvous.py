@@ -10,6 +10,7 @@ import time
 import pytest
 
 from distgrad import rpc
+from distgrad.config import config
 from distgrad.errors import AuthenticationError, RpcTimeoutError, WorkerLostError
 from distgrad.rpc.options import RpcBackendOptions
 from distgrad.rpc.rendezvous import find_place, meet
@@ -249,3 +250,48 @@ def test_init_rpc_raises_the_soft_limit_of_descriptors_for_a_large_world():
         [sys.executable, "-c", ROOM], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.split() == ["300", "1000", "756", "1000", "1000", "1000"]
+
+
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [
+        ({"secret": 5}, TypeError),
+        ({"rpc_timeout": float("nan")}, ValueError),
+        ({"rpc_timeout": "5"}, TypeError),
+        ({"heartbeat_interval": None}, TypeError),
+        ({"num_worker_threads": 0}, ValueError),
+        ({"num_worker_threads": 1.5}, TypeError),
+        ({"num_worker_threads": True}, TypeError),
+        ({"host": 5}, TypeError),
+        ({"expose": [print]}, TypeError),
+    ],
+)
+def test_options_that_make_no_sense_are_named(option, error):
+    with pytest.raises(error, match=f"cannot use {next(iter(option))}="):
+        RpcBackendOptions(**option)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1.0])
+def test_settings_that_would_end_no_wait_are_refused(value):
+    with pytest.raises(ValueError, match="cannot set rendezvous_timeout"):
+        config.rendezvous_timeout = value
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["tcp://h:99999", "tcp://h:x", "tcp://h:1?rank=x", "tcp://h:1?world_size=x", "file://a/b"],
+)
+def test_find_place_address_that_makes_no_sense_is_named(method):
+    with pytest.raises(ValueError, match="cannot meet at '"):
+        find_place(method, -1, None, {})
+
+
+@pytest.mark.parametrize("given", [("0", 2), (0, "2"), (0.0, 2)])
+def test_find_place_numbers_of_another_type_are_named(given):
+    with pytest.raises(TypeError, match="expected an integer"):
+        find_place("file:///somewhere", *given, {})
+
+
+def test_find_place_port_out_of_range_is_named():
+    with pytest.raises(ValueError, match="port 99999"):
+        find_place("env://", 0, 2, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"})

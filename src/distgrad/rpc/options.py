@@ -66,20 +66,18 @@ class RpcBackendOptions:
     heartbeat_interval: float = field(default_factory=lambda: config.heartbeat_interval)
 
     def __post_init__(self) -> None:
-        if self.rpc_timeout < 0:
-            raise ValueError(
-                f"cannot use rpc_timeout={self.rpc_timeout!r}: it must not be negative"
-            )
-        if not self.heartbeat_interval >= 0:
-            raise ValueError(
-                f"cannot use heartbeat_interval={self.heartbeat_interval!r}: expected 0 or more"
-            )
-        if self.num_worker_threads is not None and self.num_worker_threads < 1:
-            raise ValueError(
-                f"cannot use num_worker_threads={self.num_worker_threads!r}: at least 1 is needed"
-            )
+        _check(self, "rpc_timeout", (int, float), "seconds")
+        _check(self, "heartbeat_interval", (int, float), "seconds")
+        if self.num_worker_threads is not None:
+            _check(self, "num_worker_threads", (int,), "a number of threads", least=1)
+        if self.secret is not None:
+            _check(self, "secret", (str, bytes), "text or bytes")
+        if self.host is not None:
+            _check(self, "host", (str,), "a name or address")
         if isinstance(self.expose, str):
             self.expose = (self.expose,)
+        if not all(isinstance(pattern, str) for pattern in self.expose):
+            raise TypeError(f"cannot use expose={self.expose!r}: expected texts 'module:name'")
 
     def find_secret(self) -> bytes | None:
         """Return the world's secret from the options, the environment or the secret file.
@@ -95,10 +93,21 @@ class RpcBackendOptions:
             text = _read_secret(Path(path))
         if text is None:
             return None
-        secret = text.encode() if isinstance(text, str) else bytes(text)
+        secret = text.encode() if isinstance(text, str) else text
         if not secret:
             raise AuthenticationError("cannot use the secret of this world: it is empty")
         return secret
+
+
+def _check(
+    options: RpcBackendOptions, name: str, types: tuple[type, ...], wanted: str, least: float = 0
+) -> None:
+    """Refuse a value of another type, and a number that is too small or none at all."""
+    value = getattr(options, name)
+    if not isinstance(value, types) or isinstance(value, bool):
+        raise TypeError(f"cannot use {name}={value!r}: expected {wanted}")
+    if isinstance(value, (int, float)) and not value >= least:  # true of NaN
+        raise ValueError(f"cannot use {name}={value!r}: expected {wanted}, {least:g} or more")
 
 
 def _read_secret(path: Path) -> bytes:

@@ -77,17 +77,24 @@ def find_place(
         If the rank, the world size or the address is missing or makes no sense; says
         which, and where it can be given.
     """
+    for what, number in (("rank", rank), ("world_size", world_size)):
+        if number is not None and not isinstance(number, int):
+            raise TypeError(f"cannot join a world with {what}={number!r}: expected an integer")
     if isinstance(init_method, MemoryStore):
         return _checked(Place(rank, world_size or 0, "memory", init_method))
     url = urlsplit(str(init_method))
     if url.scheme == "env":
         return _from_environment(rank, world_size, environ)
-    query = {key: values[-1] for key, values in parse_qs(url.query).items()}
-    rank = int(query["rank"]) if "rank" in query and rank < 0 else rank
-    size = world_size or int(query.get("world_size", 0))
-    if url.scheme == "tcp" and url.hostname and url.port:
-        return _checked(Place(rank, size, "tcp", (url.hostname, url.port)))
-    if url.scheme == "file" and url.path:
+    try:
+        port = url.port
+        query = {key: int(values[-1]) for key, values in parse_qs(url.query).items()}
+    except ValueError as error:
+        raise ValueError(f"cannot meet at {init_method!r}: {error}") from None
+    rank = query.get("rank", rank) if rank < 0 else rank
+    size = world_size or query.get("world_size", 0)
+    if url.scheme == "tcp" and url.hostname and port:
+        return _checked(Place(rank, size, "tcp", (url.hostname, port)))
+    if url.scheme == "file" and url.path and url.netloc in ("", "localhost"):
         return _checked(Place(rank, size, "file", url.path))
     raise ValueError(
         f"cannot meet at {init_method!r}: expected env://, tcp://host:port or file:///path"
@@ -121,6 +128,8 @@ def _checked(place: Place) -> Place:
             f"cannot join a world of {place.world_size} as rank {place.rank}: "
             "pass rank= or set RANK to 0 .. world size - 1"
         )
+    if place.scheme == "tcp" and not 0 < place.target[1] < 1 << 16:
+        raise ValueError(f"cannot meet at port {place.target[1]}: a port is 1 to 65535")
     if place.world_size > 1 << 16:
         raise ValueError(f"cannot build a world of {place.world_size} workers: 65536 is the limit")
     return place
