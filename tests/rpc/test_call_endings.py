@@ -258,3 +258,21 @@ def watch_for_a_warning(rank):
 def test_failure_that_nobody_looks_at_warns_when_it_is_freed():
     with World(2, transport="unix") as world:
         assert world.run(watch_for_a_warning, ranks=[0]) == [True]
+
+
+@rpc.expose
+def deadline_here():
+    return rpc.deadline()
+
+
+def long_timeouts(rank):
+    if rank == 0:
+        left = rpc.rpc_sync(1, deadline_here, timeout=4000.0) - time.monotonic()
+        assert 3900.0 < left <= 4000.0
+        for longer in (7200.0, float("inf")):
+            assert rpc.rpc_sync(1, deadline_here, timeout=longer) is None
+
+
+def test_deadline_too_far_away_to_be_told_is_not_told_as_a_nearer_one():
+    with World(2) as world:
+        world.run(long_timeouts)

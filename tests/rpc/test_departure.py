@@ -125,3 +125,23 @@ def test_shutdown_lets_go_of_what_the_worker_kept_for_others():
         assert list(made) == []
         assert worker.extensions["autograd"].parts == {}
         del left_open
+
+
+@rpc.expose
+@rpc.functions.async_execution
+def never():
+    return rpc.Future()
+
+
+def give_up_on_an_answer_that_never_comes(rank):
+    if rank == 0:
+        with pytest.raises(RpcTimeoutError):
+            rpc.rpc_sync(1, never, timeout=0.05)
+        rpc.rpc_async(1, never).cancel()
+
+
+@pytest.mark.parametrize("transport", ["inproc", "unix"])
+def test_shutdown_does_not_wait_for_answers_that_were_given_up(transport):
+    with World(2, transport=transport) as world:
+        world.run(give_up_on_an_answer_that_never_comes)
+    # leaving the block shuts down together, and raises if that does not end

@@ -82,6 +82,7 @@ cdef class Exchange:
     cdef readonly uint64_t bytes_received
     cdef dict routes               # peer -> connection to send on; kept by links
     cdef dict ids                  # name of a worker -> id
+    cdef readonly dict owed        # (peer, request id) -> request whose answer comes later
     cdef readonly dict unsent      # connection -> bytes without arrays that wait to be sent
     cdef int num_workers           # workers of the world
     cdef Ledger ledger             # what requests take up

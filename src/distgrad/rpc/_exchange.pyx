@@ -40,6 +40,7 @@ from distgrad.errors import (
 from distgrad.message import KINDS, Call, Error, RemoteCall, Reply, code_of
 from distgrad.rpc import exposure, functions, options
 from distgrad.rpc.activity import current_worker
+from distgrad.rpc.future import Running
 
 cimport cython
 
@@ -236,6 +237,7 @@ cdef class Exchange:
         self.pending = pending
         self.handlers = {}
         self.unsent = {}
+        self.owed = {}
         self.ids = {info.name: info.id for info in worker.world.infos}
         self.num_workers = len(self.ids)
         self.ledger = Ledger(self.num_workers, config.max_peer_bytes)
@@ -326,10 +328,13 @@ cdef class Exchange:
 
     cdef int compose(self, RpcFuture future, Outgoing message, Session session) except -1:
         """Fill in the header; the autograd hook records the message."""
+        cdef double micros
         message.request_id = future.request_id
         message.chain = future.chain
         if future.timeout > 0.0:
-            message.deadline_us = <uint64_t>min(max(future.timeout * 1e6, 1.0), 4294967295.0)
+            micros = max(future.timeout * 1e6, 1.0)
+            if micros < 4294967296.0:       # a later one is not told: 71 minutes are the most
+                message.deadline_us = <uint64_t>micros
         hook = self.hook
         if hook is not None:
             future.context_id, future.message_id = hook.outgoing(
@@ -511,14 +516,28 @@ cdef class Exchange:
     def _answer_later(self, Served served, request_id, what, Future value):
         served.body = served.frame = None   # the arguments may be large
 
+        if not isinstance(value, Running):
+            self.owed[served.peer, request_id] = served
+
         def completed(Future future):
+            error = future.exception()
+            if not isinstance(future, Running) and not self.excuse(served.peer, request_id):
+                return                      # the caller gave up
             served.discharge()
-            if future.exception() is None:
+            if error is None:
                 self.respond(served.peer, request_id, future.outcome(), what)
             else:
-                self.reply_error(served.peer, request_id, future.exception())
+                self.reply_error(served.peer, request_id, error)
 
         value.add_done_callback(completed)
+
+    def excuse(self, int peer, request_id):
+        """Owe a later answer no more: the caller gave up. False if there is none to come."""
+        cdef Served served = self.owed.pop((peer, request_id), None)
+        if served is None:
+            return False
+        served.discharge()
+        return True
 
     cdef int resolve_id(self, object to) except -1:
         """Return the id of a worker given by name, id or `WorkerInfo`."""

@@ -126,7 +126,7 @@ class Agent(Exchange):
                 type(task) is Served and task.peer == peer and task.frame.request_id == request_id
             )
 
-        if self.crew.withdraw(is_wanted):
+        if self.crew.withdraw(is_wanted) or self.excuse(peer, request_id):
             self.count_handled()
 
     def _reject(self, connection: Any, error: Exception) -> None:
@@ -143,6 +143,9 @@ class Agent(Exchange):
 
     def _lose(self, peer: int, why: Exception) -> None:
         self.pending.lose(peer, why)
+        for caller, request_id in list(self.owed):
+            if caller == peer:
+                self.excuse(peer, request_id)
         for listener in list(self.worker.on_lost):
             self.submit(partial(listener, peer, why))
 

@@ -8,7 +8,11 @@ from typing import Any
 
 from distgrad.rpc._future import DONE, FAILED, PENDING, Future
 
-__all__ = ["DONE", "FAILED", "PENDING", "Future", "all_ended", "collect_all", "wait_all"]
+__all__ = ["DONE", "FAILED", "PENDING", "Future", "Running", "all_ended", "collect_all", "wait_all"]
+
+
+class Running(Future):
+    """The result of a coroutine, which runs on when its caller gives up."""
 
 
 def wait_all(futures: Iterable[Future], timeout: float | None = None) -> list[Any]:

@@ -14,7 +14,7 @@ from distgrad.rpc._future import RpcFuture
 from distgrad.rpc.activity import Activity
 from distgrad.rpc.agent import Agent
 from distgrad.rpc.exposure import Exposure
-from distgrad.rpc.future import Future
+from distgrad.rpc.future import Future, Running
 from distgrad.rpc.hooks import Handler, PayloadHook
 from distgrad.rpc.options import RpcBackendOptions, WorkerInfo
 from distgrad.rpc.world import World
@@ -54,7 +54,7 @@ class Worker:
         self.on_lost: list[Callable[[int, Exception], None]] = []
         self.on_close: list[Callable[[], None]] = []
         self.exposure = Exposure(self.name, options.expose)
-        threads = options.num_worker_threads or config.max_serving_threads
+        threads = options.num_worker_threads or max(config.max_serving_threads, 1)
         self.agent = Agent(self, poller, threads)
         self.agent.crew.base_activity = Activity(self)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -129,7 +129,7 @@ class Worker:
 
     def run_on_loop(self, coroutine: Coroutine[Any, Any, Any]) -> Future:
         """Run a coroutine on the event loop of this worker; return a `Future` of its result."""
-        answer = Future(agent=self.agent)
+        answer = Running(agent=self.agent)
 
         def finished(task: asyncio.Task[Any]) -> None:
             error = None if task.cancelled() else task.exception()
