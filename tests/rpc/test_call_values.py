@@ -281,3 +281,58 @@ def call_wrongly(rank):
 
 def test_arguments_of_a_call_are_checked_by_name(pair):
     assert pair.run(call_wrongly, ranks=[0]) == [3]
+
+
+class Base:
+    @classmethod
+    def own_name(cls):
+        return cls.__name__
+
+
+@rpc.expose
+class Derived(Base):
+    def double(self):
+        return 2 * self
+
+
+def bound_methods(rank):
+    if rank == 0:
+        assert rpc.rpc_sync(1, Derived.own_name) == "Derived"
+        with pytest.raises(NotExposedError, match=r"Base\.own_name"):
+            rpc.rpc_sync(1, Base.own_name)
+        for bound in (Derived().double, [].append):
+            with pytest.raises(TypeError, match="the object would not travel"):
+                rpc.rpc_sync(1, bound, (1,))
+        assert rpc.rpc_sync(np.int64(1), Derived.double, (2,)) == 4
+
+
+def test_methods_are_called_on_the_class_or_object_that_was_meant(pair):
+    pair.run(bound_methods)
+
+
+@rpc.expose
+def open_missing_file():
+    open("/no/such/file").close()
+
+
+@rpc.expose
+def import_missing_module():
+    raise ImportError("not there", name="nothing", path="/no/such/path")
+
+
+def failures_of_builtin_classes(rank):
+    if rank == 0:
+        with pytest.raises(FileNotFoundError) as caught:
+            rpc.rpc_sync(1, open_missing_file)
+        assert caught.value.filename == "/no/such/file"
+        assert str(caught.value).endswith("directory: '/no/such/file'")
+        with pytest.raises(ImportError) as caught:
+            rpc.rpc_sync(1, import_missing_module)
+        assert (caught.value.name, caught.value.path) == ("nothing", "/no/such/path")
+        echoed = rpc.rpc_sync(1, echo, (OSError(2, "gone", "a", None, "b"),))
+        assert (echoed.filename, echoed.filename2) == ("a", "b")
+        assert str(rpc.rpc_sync(1, echo, (OSError(2, "gone"),))) == "[Errno 2] gone"
+
+
+def test_failures_of_builtin_classes_keep_what_they_name(pair):
+    pair.run(failures_of_builtin_classes)

@@ -12,6 +12,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from types import ModuleType
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -84,10 +85,19 @@ def name_of(function: Any) -> str:
     if isinstance(function, np.ufunc):
         return f"numpy:{function.__name__}"
     bound = getattr(function, "__func__", function)
+    owner = getattr(function, "__self__", None)
     try:
-        name = f"{bound.__module__}:{bound.__qualname__}"
+        if isinstance(owner, type):
+            name = f"{owner.__module__}:{owner.__qualname__}.{bound.__name__}"
+        else:
+            name = f"{bound.__module__}:{bound.__qualname__}"
     except AttributeError:
         raise TypeError(f"cannot call {function!r} remotely: it is not a named function") from None
+    if owner is not None and not isinstance(owner, (type, ModuleType)):
+        raise TypeError(
+            f"cannot call {bound.__qualname__} of an object remotely: the object would not travel; "
+            "call a method of an RRef, or pass the object as an argument"
+        )
     if bound is function and "<" not in name:
         called_names[function] = name
     return name
@@ -132,6 +142,8 @@ class Exposure:
         module = importlib.import_module(module_name)
         names = [wanted] if wanted != "*" else _public_names(module)
         for name in names:
+            if not hasattr(module, name):
+                raise ValueError(f"cannot expose {pattern!r}: {module_name} has no {name!r}")
             target = getattr(module, name)
             for key, function in _offered(f"{module_name}:{name}", target):
                 self._own[key] = function

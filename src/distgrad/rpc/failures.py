@@ -22,6 +22,13 @@ __all__ = ["bare", "describe", "rebuild"]
 _PLAIN = (str, int, float, bool, bytes, type(None))
 _ERROR = code_of(Error)
 _TOLD_APART = ("workers", "remote_traceback")  # attributes that have fields of their own
+# What builtins keep neither in their arguments nor among the attributes of the instance.
+_KEPT_APART: dict[type[BaseException], tuple[str, ...]] = {
+    OSError: ("filename", "filename2"),
+    ImportError: ("name", "path"),
+    NameError: ("name",),
+    AttributeError: ("name",),
+}
 _CAUSE = "cause"  # of a pass that failed; other causes are in the traceback alone
 _MOST_TEXT = 10_000  # characters of what is sent after something longer could not be
 
@@ -72,12 +79,22 @@ def _to_wire(
     args = error.args if fits(error.args) else None
     state = {
         name: value
-        for name, value in vars(error).items()
+        for name, value in {**_kept_apart(error), **vars(error)}.items()
         if not name.startswith("__") and name not in _TOLD_APART and fits(value)
     }
     if isinstance(error, BackwardError) and error.__cause__ and fits(error.__cause__):
         state[_CAUSE] = error.__cause__
     return f"{cls.__module__}:{cls.__qualname__}", _first_words(error), args, state or None
+
+
+def _kept_apart(error: BaseException) -> dict[str, Any]:
+    return {
+        name: value
+        for kind, names in _KEPT_APART.items()
+        if isinstance(error, kind)
+        for name in names
+        if (value := vars(kind)[name].__get__(error)) is not None
+    }
 
 
 def _is_plain(value: Any) -> bool:
@@ -151,6 +168,10 @@ def _from_wire(described: Any) -> BaseException | None:
     if isinstance(error, BackwardError):
         cause = state.pop(_CAUSE, None)
         error.__cause__ = cause if isinstance(cause, BaseException) else None
+    for kind, names in _KEPT_APART.items():
+        if isinstance(error, kind):
+            for name in state.keys() & set(names):
+                vars(kind)[name].__set__(error, state.pop(name))
     for name, value in state.items():
         if not name.startswith("__"):
             vars(error)[name] = value

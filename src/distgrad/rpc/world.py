@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from distgrad.errors import UnknownWorkerError
@@ -60,8 +61,8 @@ class World:
             found = self._by_name.get(to, -1)
         elif isinstance(to, WorkerInfo):
             found = to.id if 0 <= to.id < len(self.infos) and self.infos[to.id] == to else -1
-        elif isinstance(to, int) and not isinstance(to, bool):
-            found = to if 0 <= to < len(self.infos) else -1
+        elif isinstance(to, Integral) and not isinstance(to, bool):
+            found = int(to) if 0 <= to < len(self.infos) else -1
         else:
             raise TypeError(f"cannot find worker {to!r}: expected a name, an id or a WorkerInfo")
         if found < 0:
