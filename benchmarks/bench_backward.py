@@ -9,8 +9,8 @@ CASES = [
     Case("backward_chain_9", "9 nested calls A-B-A-…, forward and backward"),
     Case("backward_16mb", "one call with 16 MB, its sum, and back", "GB/s", 32 * 2**20),
     Case(
-        "backward_16mb_squares",
-        "one call with 16 MB, the sum of its squares, and back",
+        "backward_16mb_weighted",
+        "one call with 16 MB, a weighted sum, and back",
         "GB/s",
         32 * 2**20,
     ),

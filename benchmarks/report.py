@@ -31,7 +31,7 @@ HEADLINES = [
     ("backward", "backward_call"),
     ("backward", "backward_chain_9"),
     ("backward", "backward_16mb"),
-    ("backward", "backward_16mb_squares"),
+    ("backward", "backward_16mb_weighted"),
     ("graph", "chain_40"),
     ("graph", "mlp_step"),
 ]

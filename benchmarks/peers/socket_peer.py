@@ -76,9 +76,9 @@ class SocketPeer(measure.Peer):
             self.echo(SMALL)
 
     def time_backward_16mb(self) -> None:
-        self.time_backward_16mb_squares()
+        self.time_backward_16mb_weighted()
 
-    def time_backward_16mb_squares(self) -> None:
+    def time_backward_16mb_weighted(self) -> None:
         for _ in range(2):
             self.echo(LARGE)
 

@@ -188,10 +188,10 @@ class TorchPeer(measure.Peer):
             self.dist_autograd.backward(context_id, [loss])
             self.dist_autograd.get_gradients(context_id)
 
-    def time_backward_16mb_squares(self) -> None:
+    def time_backward_16mb_weighted(self) -> None:
         with self.dist_autograd.context() as context_id:
             doubled = self.rpc.rpc_sync("server", double, args=(self.large_leaf,))
-            self.dist_autograd.backward(context_id, [(doubled * doubled).sum()])
+            self.dist_autograd.backward(context_id, [(doubled * self.large).sum()])
             self.dist_autograd.get_gradients(context_id)
 
 
