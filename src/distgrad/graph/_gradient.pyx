@@ -111,7 +111,7 @@ cdef object fit(object gradient, Meta *meta, Node node, bint create):
     else:
         if isinstance(gradient, TensorBase):
             gradient = (<TensorBase>gradient).array
-        elif type(gradient) is not np.ndarray:
+        elif not cnp.PyArray_CheckExact(gradient):
             gradient = np.asarray(gradient)
     if meta.ndim < 0:
         return gradient
@@ -141,7 +141,7 @@ cdef object condense(object gradient):
     cdef cnp.ndarray array
     cdef bint repeats = False
     cdef int i
-    if type(gradient) is not np.ndarray:
+    if not cnp.PyArray_CheckExact(gradient):
         return gradient
     array = gradient
     if cnp.PyArray_NBYTES(array) <= WORTHWHILE:
@@ -184,7 +184,7 @@ cdef object spread_out(object gradient, Meta *meta):
     """Undo `condense`, for a gradient of a value of which all but the contents is known."""
     cdef cnp.ndarray array
     cdef int i
-    if type(gradient) is not np.ndarray or cnp.PyArray_NDIM(<cnp.ndarray>gradient) != meta.ndim:
+    if not cnp.PyArray_CheckExact(gradient) or (<cnp.ndarray>gradient).ndim != meta.ndim:
         return gradient
     array = gradient
     if same_meta(meta, array):
