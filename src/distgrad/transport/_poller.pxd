@@ -73,6 +73,7 @@ cdef class Poller:
     cdef double most_s             # longest spin: config.spin_us; 0 if this poll must not
     cdef double budget_s           # how long a spin is worth while now, from experience
     cdef double calm_until         # no spin before (monotonic s): the processors are busy
+    cdef double calm_s             # how long that was, the last time
     cdef int cpus                  # CPUs of this process
     cdef int interval              # turns from one epoll_wait(0) to the next while spinning
     cdef int turn                  # counts up to interval
@@ -84,6 +85,7 @@ cdef class Poller:
     cdef int attend(self, RingEnd *end) except -1
     cdef void neglect(self, RingEnd *end) noexcept
     cdef void wait(self, Pollable hot, bint has_hot, double until) noexcept nogil
+    cdef void calm_down(self, double now) noexcept nogil
     cdef bint spin_round(self, Pollable hot, bint has_hot) noexcept nogil
     cdef bint look_at_rings(self, Pollable hot, bint has_hot) noexcept nogil
     cdef void look_at_sockets(self) noexcept nogil

@@ -67,7 +67,9 @@ cdef extern from "pythread.h" nogil:
 
 cdef double CROWDED_S = 2e-6           # a yield longer than this gave the processor away
 cdef double BUSY_S = 1e-3              # same, to somebody who computes: no peer that answers
-cdef double CALM_S = 0.1               # how long nobody spins then
+cdef double CALM_S = 0.5e-3            # how long nobody spins then,
+cdef double LONGEST_CALM_S = 0.1       # and at most, if it happens again and again:
+cdef double SOON_S = 50e-3             # this soon after the last time
 cdef double LONGEST_S = 3600.0         # of one epoll_wait
 cdef double SIGNAL_SLICE_S = 0.2       # same in the main thread, where signals are looked for
 cdef Py_ssize_t NOTHING = -EAGAIN      # nothing to read now
@@ -354,9 +356,7 @@ cdef class Poller:
                 away = now_s() - now
                 self.patience = 1 if away > CROWDED_S else min(2 * self.patience, 4 * YIELD_TURNS)
                 if away > BUSY_S:
-                    # Who spins among processes that compute uses up its share of the processor
-                    # and waits for a turn; who sleeps is let in as soon as it is woken.
-                    self.calm_until = now + away + CALM_S
+                    self.calm_down(now + away)
                     break
         if now >= until or get_flag(&self.woken):
             return
@@ -367,6 +367,19 @@ cdef class Poller:
         # limit, two workers that once fell asleep would never find back to spinning.
         if self.num_ready > 0 and now_s() - start <= WAKES * self.most_s:
             self.budget_s = self.most_s
+
+    cdef void calm_down(self, double now) noexcept nogil:
+        """Spin no more for a while: others compute here.
+
+        Who spins among processes that compute uses up its share of the processor and waits for
+        a turn; who sleeps is let in as soon as it is woken. One long turn may have been that of a
+        peer with many threads, so the while is short at first.
+        """
+        if now - self.calm_until < SOON_S:
+            self.calm_s = min(2.0 * self.calm_s, LONGEST_CALM_S)
+        else:
+            self.calm_s = CALM_S
+        self.calm_until = now + self.calm_s
 
     cdef bint spin_round(self, Pollable hot, bint has_hot) noexcept nogil:
         """Look once at the hot connection or at all; return whether there is something to do.
