@@ -24,6 +24,7 @@ _OVERTAKES = 1  # flag of a header
 _RECORD = b"\xfe" + bytes(63)
 _PATTERN = bytes(range(251)) * 5000  # what the peer sends on its lane, over and over
 _ARRAYS = [np.zeros(nbytes, np.uint8) for nbytes in (300_000, 40_000, 3000, 5_000_000, 1)]
+_MOST_SAID = 2**23  # bytes: they are kept here, too
 _SMALL = encode(1, "small")
 _LARGE = encode(1, (_ARRAYS[0], "and", _ARRAYS[1]))
 
@@ -105,6 +106,8 @@ class Story:
 
     def say(self, message: Any, *, apart: bool) -> None:
         """Send on this side."""
+        if len(self.said[1]) > _MOST_SAID:
+            return
         head, *payload = map(bytes, message.parts())
         self.said[0].extend(_RECORD + head if apart else head)
         self.said[1].extend(b"".join(payload))
