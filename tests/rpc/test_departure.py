@@ -1,6 +1,8 @@
 """Leaving together, alone, and when somebody is lost."""
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -145,3 +147,19 @@ def test_shutdown_does_not_wait_for_answers_that_were_given_up(transport):
     with World(2, transport=transport) as world:
         world.run(give_up_on_an_answer_that_never_comes)
     # leaving the block shuts down together, and raises if that does not end
+
+
+AT_EXIT = """
+import atexit
+import numpy as np
+from distgrad import rpc
+rpc.init_rpc("alone", rank=0, world_size=1)
+atexit.register(rpc.shutdown)
+atexit.register(lambda: print(rpc.rpc_sync("alone", np.add, (1, 2), timeout=10)))
+"""
+
+
+def test_first_call_and_shutdown_at_the_exit_of_the_interpreter():
+    script = [sys.executable, "-c", AT_EXIT]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=30, check=True)
+    assert (done.stdout, done.stderr) == ("3\n", "")

@@ -149,7 +149,12 @@ class Links:
             # Not here: a signal handler that raises could leave the connection half made, and
             # the peer would take its end for the end of this worker.
             with ThreadPoolExecutor(1) as apart:
-                return apart.submit(self._make, peer).result()
+                try:
+                    made = apart.submit(self._make, peer)
+                except RuntimeError:  # at the exit of the interpreter no thread begins any more
+                    made = None
+            if made is not None:
+                return made.result()
         return self._make(peer)
 
     def _make(self, peer: int) -> Connection:
