@@ -83,9 +83,13 @@ def test_future_nobody_looked_at_warns():
     future.set_exception(ValueError("unseen"))
     loop = [future]
     loop.append(loop)
-    del future, loop
-    with pytest.warns(RuntimeWarning, match="unseen"):
-        gc.collect()
+    gc.disable()  # it must not come before its warning is waited for
+    try:
+        del future, loop
+        with pytest.warns(RuntimeWarning, match="unseen"):
+            gc.collect()
+    finally:
+        gc.enable()
 
 
 def test_future_is_awaitable():
@@ -192,3 +196,12 @@ def test_future_is_awaited_on_several_loops_at_once():
 def test_future_callback_that_cannot_be_called_is_refused(method):
     with pytest.raises(TypeError, match="not callable"):
         getattr(Future(), method)(None)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "error"), [(float("nan"), ValueError), ("3", TypeError), ([], TypeError)]
+)
+def test_future_timeout_that_is_no_time_is_refused(timeout, error):
+    for wait in (Future().wait, Future().exception):
+        with pytest.raises(error):
+            wait(timeout)

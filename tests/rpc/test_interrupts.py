@@ -9,6 +9,7 @@ import time
 import pytest
 
 from distgrad import rpc
+from distgrad.errors import DistgradError
 from distgrad.testing import World
 
 gate = threading.Event()
@@ -158,3 +159,27 @@ def be_interrupted_while_decoding(rank):
 def test_interrupt_while_an_answer_is_decoded_loses_neither_it_nor_the_next():
     with World(2, transport="unix") as world:
         assert world.run(be_interrupted_while_decoding, ranks=[0]) == [(1, 2)]
+
+
+def call_in_signal_handler(rank):
+    seen = []
+
+    def handle(number, frame):
+        try:
+            rpc.rpc_sync(1, echo, (5,))
+        except DistgradError as error:
+            seen.append(str(error))
+        rpc.rpc_async(1, open_gate)
+
+    signal.signal(signal.SIGUSR1, handle)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
+    assert rpc.rpc_sync(1, wait_for_gate)
+    timer.join()
+    return seen
+
+
+def test_call_in_a_handler_that_interrupts_the_thread_that_polls_is_refused(pair):
+    [[error]] = pair.run(call_in_signal_handler, ranks=[0])
+    assert "in a signal handler" in error
+    assert "rpc_async" in error

@@ -50,6 +50,26 @@ def test_calls_nested_a_thousand_deep_never_starve(transport):
         assert world.run(call_very_deep) == [1000, 1000]
 
 
+@rpc.expose
+def fan_out(depth):
+    """Call the other worker three times at once, each of which does the same."""
+    if depth == 0:
+        return 1
+    other = 1 - rpc.get_worker_info().id
+    return sum(rpc.wait_all([rpc.rpc_async(other, fan_out, (depth - 1,)) for _ in range(3)]))
+
+
+def call_with_one_thread(rank):
+    deep = rpc.rpc_sync(1 - rank, bounce, (200,), timeout=30)
+    return deep, rpc.rpc_sync(1 - rank, fan_out, (4,), timeout=30)
+
+
+@pytest.mark.parametrize("transport", ["inproc", "unix"])
+def test_calls_nested_deeper_than_there_are_threads_do_not_starve(transport):
+    with World(2, transport=transport, num_worker_threads=1) as world:
+        assert world.run(call_with_one_thread) == [(200, 81)] * 2
+
+
 def call_blocking_both_ways(rank):
     futures = [rpc.rpc_async(1 - rank, block_and_call_back, (rank, 5, 0.002)) for _ in range(64)]
     return rpc.wait_all(futures, 50)
@@ -242,3 +262,29 @@ def test_thread_that_runs_a_task_of_its_chain_is_given_no_other():
         agent.tick_by(time.monotonic())
         assert awaited.wait(30)
         assert here == [True]
+
+
+def wait_in_forked_child(rank):
+    pending = rpc.rpc_async(1 - rank, block_and_call_back, (rank, 0, 0.5))
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        try:
+            pending.wait()
+        except Exception as error:
+            os.write(write, str(error).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as said:
+        message = said.read()
+    os.waitpid(child, 0)
+    return message, pending.wait()
+
+
+def test_forked_child_does_not_wait_for_answers_to_its_parent():
+    with World(2, transport="unix") as world:
+        [[message, answer]] = world.run(wait_in_forked_child, ranks=[0])
+    assert message.startswith("cannot wait for call")
+    assert "forked" in message
+    assert answer == 0

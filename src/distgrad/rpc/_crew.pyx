@@ -107,10 +107,10 @@ cdef class CrewCore(Desk):
     cdef Waiter enter(self, object chain):
         """Note that this thread begins to wait for a chain; None and 0 are no chain."""
         cdef Waiter waiter = Waiter.__new__(Waiter), previous
+        waiter.thread = PyThread_get_thread_ident()
         waiter.chain = chain
         if not chain:
             return waiter
-        waiter.thread = PyThread_get_thread_ident()
         previous = self.innermost.get(chain)
         if previous is not None:
             waiter.previous = previous
@@ -144,7 +144,14 @@ cdef class CrewCore(Desk):
     # --- waiting --------------------------------------------------------------------------
 
     cdef int wait_for(self, Future future, double deadline) except -1:
-        cdef Waiter waiter = self.enter(future.chain)
+        cdef Waiter waiter
+        if self.polls_here():
+            raise DistgradError(
+                f"cannot wait on worker {self.name!r} in a signal handler or destructor: "
+                "it interrupts the thread that receives the answers",
+                hint="start the call with rpc_async there, or call from another thread",
+            )
+        waiter = self.enter(future.chain)
         try:
             while future._state == IS_PENDING:
                 if self.closed:
@@ -238,6 +245,8 @@ cdef class CrewCore(Desk):
         self.leader_thread = PyThread_get_thread_ident()
         self.awaited = future
         try:
+            if self.backlog:        # now that this thread waits, another may serve in its place
+                self.call_hands()
             while future._state == IS_PENDING and not waiter.tasks:
                 self.poll_once(deadline)
                 if self.backlog:
@@ -302,6 +311,8 @@ cdef class CrewCore(Desk):
             if not waiter.tasks and not self.leads_after_all(waiter):
                 if self.resident_leads:
                     self.poller.wake()      # it hands the role to the thread that waits
+                elif self.backlog:
+                    self.call_hands()       # as in lead
                 if deadline == INFINITY:
                     waiter.mailbox.get()
                 else:
@@ -388,6 +399,24 @@ cdef class CrewCore(Desk):
                         queue.remove(task)
                         return True
         return False
+
+    cdef set waiting_threads(self):
+        """Return the threads that wait for a future, and so serve nobody else."""
+        cdef Waiter waiter
+        threads = set()
+        for waiter in [*self.innermost.values(), *self.followers]:
+            while waiter is not None:
+                if not waiter.over and not waiter.runs:
+                    threads.add(waiter.thread)
+                waiter = waiter.previous
+        if self.awaited is not None:
+            threads.add(self.leader_thread)
+        return threads
+
+    def count_waiting(self, threads):
+        """Return how many of some threads wait for a future."""
+        waiting = self.waiting_threads()
+        return sum([thread.ident in waiting for thread in threads])
 
     cdef int call_hands(self) except -1:
         """See to it that a serving thread takes up the backlog."""

@@ -89,7 +89,7 @@ cdef class Future:
             Whatever the future failed with.
         """
         if self._state == IS_PENDING:
-            self.wait_until(INFINITY if timeout is None else now_s() + <double>timeout)
+            self.wait_until(_moment(timeout))
             if self._state == IS_PENDING:
                 raise _overdue(self, timeout)
         return self.outcome()
@@ -105,7 +105,7 @@ cdef class Future:
     def exception(self, timeout=None):
         """Wait, and return the failure, or None where there is a value."""
         if self._state == IS_PENDING:
-            self.wait_until(INFINITY if timeout is None else now_s() + <double>timeout)
+            self.wait_until(_moment(timeout))
             if self._state == IS_PENDING:
                 raise _overdue(self, timeout)
         self._observed = True
@@ -284,6 +284,19 @@ cdef class Future:
             )
 
 
+cdef double _moment(timeout) except? -1:
+    """Return when a wait is over (monotonic s)."""
+    cdef double seconds
+    if timeout is None:
+        return INFINITY
+    if isinstance(timeout, str):
+        raise TypeError(f"cannot wait for timeout={timeout!r}: expected seconds or None")
+    seconds = timeout
+    if seconds != seconds:
+        raise ValueError(f"cannot wait for timeout={timeout!r}: it is no time")
+    return now_s() + seconds
+
+
 cdef object _overdue(Future future, timeout):
     return RpcTimeoutError(
         f"cannot wait for {future!r}: nothing arrived within {timeout:g} s",
@@ -318,6 +331,15 @@ cdef class RpcFuture(Future):
 
     def __init__(self):
         raise TypeError("cannot create an RpcFuture: use rpc_async()")
+
+    cdef int wait_until(self, double deadline) except -1:
+        if self.desk is not None and self.desk.closed and self._state == IS_PENDING:
+            # The end of a worker fails its requests, but not in the child of a fork.
+            raise DistgradError(
+                f"cannot wait for {self.what}: its worker was shut down, or is that of the "
+                "process which this one was forked from"
+            )
+        return Future.wait_until(self, deadline)
 
     def cancel(self):
         """Give up on the answer; the callee drops the request if it has not started."""

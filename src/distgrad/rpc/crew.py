@@ -10,6 +10,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from distgrad.config import config
 from distgrad.rpc._crew import CrewCore
 from distgrad.transport._poller import Poller
 
@@ -35,7 +36,7 @@ class Crew(CrewCore):
     on_tick
         Called by the leader when `wake_at` has passed; returns the next such time.
     max_threads
-        Most serving threads.
+        Most threads that serve and do not wait for an answer themselves.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Crew(CrewCore):
             self._spawn()
 
     def _spawn(self) -> None:
-        if len(self._threads) >= self._max_threads or self.closed:
+        if self.closed or not self._may_grow():
             self.summoned = False
             return
         number = len(self._threads)
@@ -108,6 +109,17 @@ class Crew(CrewCore):
                 raise
             _log.warning("worker %r has %d serving threads, and gets no more: %s",
                          self.name, len(self._threads), error)  # fmt: skip
+
+    def _may_grow(self) -> bool:
+        """Whether there may be another thread: one that waits for an answer does not count.
+
+        Else calls that are nested deeper than there are threads would wait for each other.
+        """
+        if len(self._threads) < self._max_threads:
+            return True
+        most: int = config.max_serving_threads
+        serving = len(self._threads) - self.count_waiting(list(self._threads))
+        return serving < self._max_threads and len(self._threads) < most
 
     def close(self, timeout_s: float) -> None:
         """End the serving threads that do not run user code; join them briefly."""

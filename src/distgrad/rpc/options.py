@@ -39,8 +39,9 @@ class RpcBackendOptions:
     init_method
         Where the world meets: ``env://``, ``tcp://host:port`` or ``file:///path``.
     num_worker_threads
-        Most threads that serve calls; None takes ``config.max_serving_threads``. Threads
-        are started on demand.
+        Most threads that serve calls, those not counted that wait for an answer themselves;
+        None takes ``config.max_serving_threads``, which is the most of all. Threads are started
+        on demand.
     device_maps
         Worker name to a map from local to remote devices.
     expose
