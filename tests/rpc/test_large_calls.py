@@ -132,7 +132,7 @@ def give_up_once_too_often(rank: int) -> None:
 
 @pytest.fixture
 def only_calls_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever is stopped is not noticed by other means, but for TCP's after 15 s."""
+    """Whoever is stopped is not noticed by other means, but for TCP by the kernel, later."""
     monkeypatch.setattr(config, "stall_timeout", 600.0)
     monkeypatch.setattr(config, "heartbeat_interval", 0.0)
 

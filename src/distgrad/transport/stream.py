@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+from distgrad.config import config
 from distgrad.errors import AuthenticationError, TransportError
 from distgrad.transport._poller import Poller
 from distgrad.transport._ring import Ring
@@ -313,13 +314,18 @@ class TcpTransport(StreamTransport):
         return None
 
     def prepare(self, sock: socket.socket) -> None:
-        """Send small messages at once; notice a dead peer within 15 s or so."""
+        """Send small messages at once; notice a host that is gone.
+
+        Within 25 s where nothing is on the way; else after ``config.stall_timeout``, as with
+        any peer that takes nothing: the kernel counts the time in which it was stopped too.
+        """
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 15_000)
+        patience_s = min(max(config.stall_timeout, 15.0), 86400.0)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1e3 * patience_s))
 
     def _check_listen(self, host: str | None, secure: bool) -> None:
         if not secure:
