@@ -286,6 +286,7 @@ def outlive_contexts(rank: int) -> Any:
 
 def wait_for_late_calls(rank: int) -> Any:
     _, context_id, scaled = (call.wait() for call in late)
+    late.clear()
     return context_id, scaled.detach().numpy()
 
 
