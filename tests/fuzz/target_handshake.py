@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from steps import Steps
+
 from distgrad.config import config
 from distgrad.errors import AuthenticationError, TransportError
 from distgrad.rpc.auth import HmacHandshake
@@ -34,41 +36,6 @@ _SOCKETS = 4  # of those who call
 _NONCE = bytes(range(32))
 _files = memory_file("fuzz-offer", RING_FILE_NBYTES), memory_file("fuzz-offer", 4096)
 _numbers = itertools.count()
-
-
-class Steps:
-    """The bytes of an input."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
-
-    @property
-    def left(self) -> bool:
-        """Whether there are more."""
-        return self._at < len(self._data)
-
-    def take(self, nbytes: int) -> bytes:
-        """Return the next bytes, zeros once there are none."""
-        piece = self._data[self._at : self._at + nbytes]
-        self._at += nbytes
-        return piece.ljust(nbytes, b"\0")
-
-    def choose(self, most: int) -> int:
-        """Return a number below ``most``."""
-        return self.take(1)[0] % most
-
-    def damage(self, data: bytes) -> bytes:
-        """Return the bytes as they are, cut, with others behind them, or with one changed."""
-        how = self.choose(4)
-        if how == 0:
-            return data
-        at, value = self.take(2)
-        at %= len(data)
-        if how == 1:
-            return data[:at]
-        if how == 2:
-            return data + self.take(value)
-        return data[:at] + bytes([data[at] ^ (value or 1)]) + data[at + 1 :]
 
 
 def handshakes(number: int, *, connecting: bool) -> Callable[[int | None], HmacHandshake]:

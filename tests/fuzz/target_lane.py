@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
+from steps import Steps
 from target_stream import check
 
 from distgrad._codec import Frame, encode
@@ -29,11 +30,11 @@ _SMALL = encode(1, "small")
 _LARGE = encode(1, (_ARRAYS[0], "and", _ARRAYS[1]))
 
 
-class Story:
+class Story(Steps):
     """One connection with a lane, and what its peer does to it."""
 
     def __init__(self, data: bytes) -> None:
-        self.data, self.at = data, 0
+        super().__init__(data)
         near, self.far = socket.socketpair()
         lane, self.far_lane = socket.socketpair()
         self.far.setblocking(False)
@@ -56,12 +57,6 @@ class Story:
         self.honest = True
         self.said = bytearray(), bytearray()  # what this side says on its sockets
         self.heard = [0, 0]
-
-    def take(self, nbytes: int) -> bytes:
-        """Return the next bytes of the input, zeros once there are none."""
-        piece = self.data[self.at : self.at + nbytes]
-        self.at += nbytes
-        return piece.ljust(nbytes, b"\0")
 
     def tell(self, value: Any, how: int, *, apart: bool) -> None:
         """Write a message, and its payload apart from it or behind it."""
@@ -178,8 +173,8 @@ class Story:
 
     def run(self) -> None:
         """Tell it to its end."""
-        while self.at < len(self.data):
-            step = STEPS[self.take(1)[0] % len(STEPS)]
+        while self.left:
+            step = STEPS[self.choose(len(STEPS))]
             with suppress(OSError):
                 step(self)
         self.poll()

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
+from steps import Steps
 from target_stream import check
 
 from distgrad._codec import Frame, encode
@@ -43,11 +44,11 @@ fcntl.fcntl(_bad_file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
 _memory = mmap.mmap(_ring_file, RING_FILE_NBYTES)
 
 
-class Story:
+class Story(Steps):
     """One connection, and what its peer does to it."""
 
     def __init__(self, data: bytes) -> None:
-        self.data, self.at = data, 0
+        super().__init__(data)
         _memory[: 5 * _PAGE] = bytes(5 * _PAGE)
         near, self.far = socket.socketpair()
         self.far.setblocking(False)
@@ -62,12 +63,6 @@ class Story:
         )
         self.events: list[tuple[object, object]] = []
         self.tail = 0
-
-    def take(self, nbytes: int) -> bytes:
-        """Return the next bytes of the input, zeros once there are none."""
-        piece = self.data[self.at : self.at + nbytes]
-        self.at += nbytes
-        return piece.ljust(nbytes, b"\0")
 
     def put(self, data: bytes) -> None:
         """Write to the ring as an honest peer does."""
@@ -149,8 +144,8 @@ class Story:
 
     def run(self) -> None:
         """Tell it to its end."""
-        while self.at < len(self.data):
-            step = STEPS[self.take(1)[0] % len(STEPS)]
+        while self.left:
+            step = STEPS[self.choose(len(STEPS))]
             with suppress(OSError):
                 step(self)
         self.poll()

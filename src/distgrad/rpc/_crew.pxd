@@ -64,7 +64,6 @@ cdef class CrewCore(Desk):
     cdef int accept(self, object task, object chain) except -1
     cdef int give(self, Waiter waiter, object task) except -1
     cdef int enqueue(self, object task) except -1
-    cdef set waiting_threads(self)
     cdef int call_hands(self) except -1
     cdef int ensure_watcher(self) except -1
     cdef object take(self)

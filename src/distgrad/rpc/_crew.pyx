@@ -400,22 +400,17 @@ cdef class CrewCore(Desk):
                         return True
         return False
 
-    cdef set waiting_threads(self):
-        """Return the threads that wait for a future, and so serve nobody else."""
+    def count_waiting(self, threads):
+        """Return how many of some threads wait for a future, and so serve nobody else."""
         cdef Waiter waiter
-        threads = set()
+        waiting = set()
         for waiter in [*self.innermost.values(), *self.followers]:
             while waiter is not None:
                 if not waiter.over and not waiter.runs:
-                    threads.add(waiter.thread)
+                    waiting.add(waiter.thread)
                 waiter = waiter.previous
         if self.awaited is not None:
-            threads.add(self.leader_thread)
-        return threads
-
-    def count_waiting(self, threads):
-        """Return how many of some threads wait for a future."""
-        waiting = self.waiting_threads()
+            waiting.add(self.leader_thread)
         return sum([thread.ident in waiting for thread in threads])
 
     cdef int call_hands(self) except -1:

@@ -289,9 +289,10 @@ cdef double _moment(timeout) except? -1:
     cdef double seconds
     if timeout is None:
         return INFINITY
-    if isinstance(timeout, str):
-        raise TypeError(f"cannot wait for timeout={timeout!r}: expected seconds or None")
-    seconds = timeout
+    try:
+        seconds = timeout
+    except TypeError:
+        raise TypeError(f"cannot wait for timeout={timeout!r}: expected seconds or None") from None
     if seconds != seconds:
         raise ValueError(f"cannot wait for timeout={timeout!r}: it is no time")
     return now_s() + seconds
