@@ -8,6 +8,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 cdef enum:
     HEADER_NBYTES = 64    # size of a frame header on the wire
     OVERTAKES = 1         # flag: may be delivered before messages that were sent earlier
+    NO_GRAD = 2           # flag: a request of someone who records nothing; nor do who serve it
 
 
 # The 64 bytes of a header as they are on the wire (little-endian, naturally aligned).
@@ -37,7 +38,8 @@ cdef class Outgoing:
     cdef public uint64_t message_id
     cdef public uint64_t chain
     cdef public uint64_t deadline_us
-    cdef public bint overtakes          # sets the flag of that name
+    cdef public bint overtakes          # these two set the flags of their names
+    cdef public bint no_grad
     cdef uint8_t *block                 # owned heap block that holds header and meta
     cdef uint8_t *head                  # first byte of the header, inside block
     cdef Py_ssize_t head_nbytes         # header and meta

@@ -44,6 +44,7 @@ class Outgoing:
     chain: int
     deadline_us: int
     overtakes: bool
+    no_grad: bool
     @property
     def nbytes(self) -> int: ...
     def seal(self) -> None: ...

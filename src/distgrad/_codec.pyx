@@ -116,7 +116,7 @@ cdef class Outgoing:
         memset(&header, 0, sizeof(header))
         header.version = VERSION
         header.kind = self.kind
-        header.flags = OVERTAKES if self.overtakes else 0
+        header.flags = OVERTAKES * self.overtakes | NO_GRAD * self.no_grad
         header.meta_nbytes = <uint32_t>(self.head_nbytes - HEADER_NBYTES)
         header.request_id = self.request_id
         header.context_id = self.context_id

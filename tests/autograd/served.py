@@ -73,6 +73,25 @@ def through(x: Any, route: list[int]) -> Any:
     return x + rpc.rpc_sync(route[0], through, args=(x, route[1:]))
 
 
+@rpc.expose
+@rpc.functions.async_execution
+def through_future(x: Any) -> Any:
+    return rpc.rpc_async("worker2", through, args=(x, [])).then(lambda y: y.wait() + x)
+
+
+@rpc.expose
+async def through_coroutine(x: Any) -> Any:
+    return x + await rpc.rpc_async("worker2", through, args=(x, []))
+
+
+@rpc.expose
+def gradient_inside(x: Any) -> Any:
+    """Return the gradient of the squares of some values, recorded here and now."""
+    with dg.enable_grad():
+        value = x.detach().requires_grad_()
+        return dg.grad((value * value).sum(), [value])[0]
+
+
 started, may_go_on = threading.Event(), threading.Event()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -145,22 +146,83 @@ def test_backward_repeated_accumulates_and_keeps_nothing(trio: World) -> None:
     assert left["autograd.passes"] == 0
 
 
-def under_no_grad(rank: int) -> Any:
+def by_rpc_sync(x: Any) -> Any:
+    return rpc.rpc_sync("worker1", served.through, args=(x, [2]))
+
+
+def by_rpc_async(x: Any) -> Any:
+    return rpc.rpc_async("worker1", served.through, args=(x, [2]))
+
+
+def by_remote(x: Any) -> Any:
+    return rpc.remote("worker1", served.through, args=(x, [2])).to_here()
+
+
+def by_future(x: Any) -> Any:
+    return rpc.rpc_sync("worker1", served.through_future, args=(x,))
+
+
+def by_coroutine(x: Any) -> Any:
+    return rpc.rpc_sync("worker1", served.through_coroutine, args=(x,))
+
+
+def under_no_grad(rank: int, call: Any) -> Any:
     x = leaf(2.0)
     with dist_autograd.context() as context_id:
         with dg.no_grad():
-            constant = rpc.rpc_sync("worker1", served.scale, args=(x,)).detach()
-        part = dist_autograd.retrieve_context(context_id)
-        recorded = len(part.send_functions) + len(part.recv_functions)
+            constant = call(x)
+        if isinstance(constant, rpc.Future):  # the mode is that of the call, not of the wait
+            constant = constant.wait()
+        recorded = [rpc.rpc_sync(to, served.counters) for to in range(3)]
         loss = (rpc.rpc_sync("worker1", served.scale, args=(x,)) * constant).sum()
         dist_autograd.backward(context_id, [loss], timeout=20)
-        return recorded, gradient(context_id, x)
+        nodes = sum(found["autograd.sends"] + found["autograd.recvs"] for found in recorded)
+        return nodes, constant.requires_grad, gradient(context_id, x)
 
 
-def test_backward_calls_under_no_grad_record_nothing(trio: World) -> None:
-    recorded, found = on_first(trio, under_no_grad)
-    assert recorded == 1  # the answer: the callee knows no no_grad
-    assert_array_equal(found, [18.0])
+@pytest.mark.parametrize("call", [by_rpc_sync, by_rpc_async, by_remote, by_future, by_coroutine])
+def test_backward_calls_under_no_grad_record_nothing_anywhere(trio: World, call: Any) -> None:
+    nodes, requires_grad, found = on_first(trio, partial(under_no_grad, call=call))
+    assert (nodes, requires_grad) == (0, False)
+    assert_array_equal(found, [12.0])
+
+
+def fetched_under_no_grad(rank: int) -> Any:
+    """A value that has a history at its owner comes without."""
+    x = leaf(2.0)
+    with dist_autograd.context() as context_id:
+        made = rpc.remote("worker1", served.weigh, args=(x,))
+        recorded = made.to_here()
+        with dg.no_grad():
+            fetched = [made.to_here(), made.rpc_async().clone().wait()]
+        loss = (recorded * sum(fetched)).sum()
+        dist_autograd.backward(context_id, [loss], timeout=20)
+        part = dist_autograd.retrieve_context(context_id)
+        gradients = dist_autograd.get_gradients(context_id)
+        return len(part.recv_functions), len(gradients), gradient(context_id, x)
+
+
+def test_backward_values_fetched_under_no_grad_have_no_history(trio: World) -> None:
+    recvs, num_gradients, found = on_first(trio, fetched_under_no_grad)
+    assert recvs == 1
+    assert_array_equal(found, [2 * 2.0 * (2.0**2 + 3.0**2)])
+    assert num_gradients == 1
+
+
+def recording_again(rank: int) -> Any:
+    """The callee may switch recording on for itself; its answer is not recorded."""
+    x = leaf(2.0)
+    with dist_autograd.context() as context_id:
+        with dg.no_grad():
+            y = rpc.rpc_sync("worker1", served.gradient_inside, args=(x,))
+        part = dist_autograd.retrieve_context(context_id)
+        return y.numpy(), len(part.send_functions) + len(part.recv_functions)
+
+
+def test_backward_callee_under_no_grad_may_record_for_itself(trio: World) -> None:
+    found, nodes = on_first(trio, recording_again)
+    assert_array_equal(found, [4.0])
+    assert nodes == 0
 
 
 def slots(rank: int) -> Any:

@@ -16,13 +16,16 @@ from collections.abc import Mapping
 from functools import partial
 from types import CoroutineType, FunctionType
 
+from cpython.contextvars cimport PyContextVar_Set
 from libc.math cimport INFINITY
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from distgrad._codec cimport HEADER_NBYTES, Frame, Outgoing, decode_message, encode_message
+from distgrad._codec cimport (
+    HEADER_NBYTES, NO_GRAD, Frame, Outgoing, decode_message, encode_message,
+)
 from distgrad._core cimport Tensor
-from distgrad.graph._node cimport TensorBase
+from distgrad.graph._node cimport TensorBase, grad_enabled, grad_mode
 from distgrad.rpc._activity cimport Activity, current_activity, enter_activity
 from distgrad.rpc._crew cimport CrewCore, Job
 from distgrad.rpc._future cimport IS_DONE, IS_FAILED, Future, PendingRequests, RpcFuture
@@ -117,8 +120,12 @@ cdef inline Session new_session(object worker, int peer):
 
 
 def unwrap_tensor(TensorBase tensor not None, session):
-    """Return what is sent of a tensor: array, whether it requires grad, its slot or -1."""
-    if not tensor.needs:
+    """Return what is sent of a tensor: array, whether it requires grad, its slot or -1.
+
+    Under `no_grad` a tensor with a history arrives as what an operation would make of it there:
+    one that does not require grad. A leaf is one at the other end too.
+    """
+    if not tensor.needs or (tensor.node != NULL and not grad_enabled()):
         return tensor.array, False, -1
     return tensor.array, True, -1 if session is None else session.slot_of(tensor)
 
@@ -342,6 +349,7 @@ cdef class Exchange:
             )
             message.context_id = future.context_id
             message.message_id = future.message_id
+        message.no_grad = not grad_enabled()
         message.overtakes = message.kind == CALL and stands_alone(message, session)
         return 0
 
@@ -722,18 +730,24 @@ cdef class Served(Charged):
     cdef int serve(self) except -1:
         """Run the handler as the call that it serves, and send its answer."""
         cdef Exchange exchange = self.exchange
-        cdef Frame frame = self.frame
-        cdef Activity now = Activity.__new__(Activity)
-        worker = exchange.worker
-        now.worker = worker
-        now.chain = frame.chain
-        now.until = self.until
-        enter_activity(now)
-        hook = exchange.hook if frame.context_id else None
-        if hook is not None:
-            hook.enter(worker, frame.context_id)
-        value = self.handler(worker, self.peer, frame, self.body)
+        enter_call(exchange, self.frame, self.until)
+        value = self.handler(exchange.worker, self.peer, self.frame, self.body)
         return exchange.answer(self, value)
+
+
+cpdef int enter_call(Exchange exchange, Frame frame, double until=INFINITY) except -1:
+    """Give a task what the call that it serves has: chain, deadline, grad mode and context."""
+    cdef Activity now = Activity.__new__(Activity)
+    now.worker = exchange.worker
+    now.chain = frame.chain
+    now.until = until
+    enter_activity(now)
+    if frame.flags & NO_GRAD:
+        PyContextVar_Set(grad_mode, False)
+    hook = exchange.hook if frame.context_id else None
+    if hook is not None:
+        hook.enter(exchange.worker, frame.context_id)
+    return 0
 
 
 def serve_call(worker, peer, frame, body):

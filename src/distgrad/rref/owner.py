@@ -16,7 +16,7 @@ from distgrad.message import (
     RRefUserDelete,
 )
 from distgrad.rpc import Future, Worker
-from distgrad.rpc.activity import Activity, activity
+from distgrad.rpc._exchange import enter_call
 from distgrad.rref.rref import run_backward
 from distgrad.rref.table import Cell, RRefTable
 
@@ -64,29 +64,19 @@ def _on_remote_call(worker: Worker, peer: int, frame: Frame, body: Any) -> Calla
     rref_id, fork_id, function, args, kwargs = body
     cell = _table_of(worker).open(rref_id, fork_id, peer)
     worker.agent.reply(peer, frame.request_id, None)
-    return partial(_create, worker, frame.chain, frame.context_id, cell, function, args, kwargs)
+    return partial(_create, worker, frame, cell, function, args, kwargs)
 
 
 # --- user code, on serving threads -----------------------------------------------------------
 
 
 def _create(
-    worker: Worker,
-    chain: int,
-    context_id: int,
-    cell: Cell,
-    function: str,
-    args: Any,
-    kwargs: Any,
+    worker: Worker, frame: Frame, cell: Cell, function: str, args: Any, kwargs: Any
 ) -> None:
     """Run the function that makes a value; what it raises becomes the outcome."""
-    activity.set(Activity(worker, chain))
-    hook = worker.payload_hook
     try:
-        target = worker.exposure.resolve(function)
-        if context_id and hook is not None:
-            hook.enter(worker, context_id)
-        value = worker.call_function(target, args, kwargs)
+        enter_call(worker.agent, frame)
+        value = worker.call_function(worker.exposure.resolve(function), args, kwargs)
     except BaseException as error:
         cell.value.set_exception(error)
         if not isinstance(error, Exception):
