@@ -12,11 +12,11 @@ from mending import mend_frame
 
 import distgrad
 from distgrad._codec import decode, encode, parse, register_record
-from distgrad.errors import ProtocolError
+from distgrad.errors import ProtocolError, SerializationError
 from distgrad.rpc.payload import Session
 
-#: What decoding may raise for bytes that are not a message.
-REFUSALS = (ProtocolError,)
+#: What decoding may raise for bytes that are not a message, or name a time zone that is not here.
+REFUSALS = (ProtocolError, SerializationError)
 
 
 @dataclasses.dataclass

@@ -7,6 +7,7 @@ and stay as they are.
 from __future__ import annotations
 
 import datetime
+import zoneinfo
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,17 @@ CASES: dict[str, tuple[int, dict[str, int], Any]] = {
             datetime.datetime(2024, 2, 29, 1, 2, 3, 4, tzinfo=datetime.UTC),
             datetime.timedelta(-1, 2, 3),
             datetime.timezone(datetime.timedelta(hours=2), "X"),
+        ],
+    ),
+    "zones": (
+        2,
+        {},
+        [
+            zoneinfo.ZoneInfo("America/Argentina/Buenos_Aires"),
+            datetime.time(12, 30, tzinfo=zoneinfo.ZoneInfo("UTC")),
+            datetime.datetime(
+                2024, 10, 27, 2, 30, tzinfo=zoneinfo.ZoneInfo("Europe/Paris"), fold=1
+            ),
         ],
     ),
     "scalars": (

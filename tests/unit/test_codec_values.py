@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import io
 import zoneinfo
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from wire_values import frame_of, round_trip, same, whole
+from wire_values import frame_of, frame_with, round_trip, same, whole
 
 from distgrad._codec import decode, encode, parse, register_type
 from distgrad.errors import ProtocolError, SerializationError
@@ -54,6 +55,9 @@ TIMES: list[Any] = [
     datetime.UTC,
     datetime.timezone(datetime.timedelta(minutes=330)),
     datetime.timezone(datetime.timedelta(0), "GMT"),
+    zoneinfo.ZoneInfo("America/Argentina/Buenos_Aires"),
+    datetime.time(1, 2, tzinfo=zoneinfo.ZoneInfo("Etc/GMT+3")),
+    datetime.datetime(2024, 10, 27, 2, 30, tzinfo=zoneinfo.ZoneInfo("Europe/Paris"), fold=1),
 ]
 
 
@@ -120,10 +124,62 @@ def test_codec_value_without_a_form_is_refused(value: object) -> None:
         encode(1, value)
 
 
+class Zone(zoneinfo.ZoneInfo):
+    pass
+
+
 def test_codec_subclass_of_time_zone_is_refused_with_the_path() -> None:
-    zone = zoneinfo.ZoneInfo("UTC")
-    with pytest.raises(SerializationError, match=r"zoneinfo\.ZoneInfo"):
-        encode(1, datetime.datetime(2024, 1, 1, tzinfo=zone))
+    with pytest.raises(SerializationError, match=r"value\[0\]: a value of type .*Zone has no form"):
+        encode(1, [Zone("UTC")])
+
+
+def test_codec_time_zone_travels_once() -> None:
+    zone = zoneinfo.ZoneInfo("Europe/Paris")
+    days = [datetime.datetime(2024, month, 1, tzinfo=zone) for month in range(1, 13)]
+    back = round_trip({"days": days, zone: 1})
+    assert back == {"days": days, zone: 1}
+    assert {id(day.tzinfo) for day in back["days"]} == {id(next(reversed(back)))}
+    assert frame_of(days).meta.count(b"Europe/Paris") == 1
+
+
+@pytest.mark.parametrize("key", [None, "Europe/Paris"])
+def test_codec_time_zone_of_a_file_is_refused_with_the_path(key: str | None) -> None:
+    """Its rules are those of the file, and nobody else may have them."""
+    header = b"TZif" + bytes(16 + 4 * 4) + b"\0\0\0\1" + b"\0\0\0\4"
+    zone = zoneinfo.ZoneInfo.from_file(io.BytesIO(header + b"\0\0\x0e\x10\0\0CET\0"), key=key)
+    when = datetime.datetime(2024, 1, 1, tzinfo=zone)
+    assert when.utcoffset() == datetime.timedelta(hours=1)
+    with pytest.raises(
+        SerializationError, match=r"value\[0\]\['at'\].*: a time zone .* a file"
+    ) as caught:
+        encode(1, [{"at": when}])
+    assert "by its key" in str(caught.value)
+
+
+def zone_frame(key: object) -> Any:
+    return frame_with(b"\xc8" + frame_of("zoneinfo").meta + frame_of(key).meta)
+
+
+def test_codec_time_zone_that_is_unknown_here_fails_the_message_only() -> None:
+    """It is no fault of the peer: a `SerializationError` leaves the connection alone."""
+    with pytest.raises(SerializationError, match="'Europe/Atlantis' is not known here") as caught:
+        decode(zone_frame("Europe/Atlantis"))
+    assert "tzdata" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("", "/etc/passwd", "../UTC", "Europe/../UTC", "Europe//Paris", "a.b", "UTC\0", "é"),
+        *("x" * 256, b"UTC", 1),
+    ],
+)
+def test_codec_text_that_is_no_key_is_never_looked_up(
+    key: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zoneinfo, "ZoneInfo", None)
+    with pytest.raises(ProtocolError, match="the key of a time zone"):
+        decode(zone_frame(key))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import enum
 import numpy as np
 
 from distgrad.errors import SerializationError
+from distgrad.wire._schema import Unsendable
 
 cimport numpy as cnp
 from cpython.object cimport PyObject, PyTypeObject
@@ -515,7 +516,10 @@ cdef int put_extension(Writer *w, object obj, Extension codec) except -1:
     put_tag(w, T_EXTENSION)
     put_str(w, <PyObject *>codec.name)
     enter(w, &step, <PyObject *>obj)
-    value = codec.encode(obj, <object>w.session)
+    try:
+        value = codec.encode(obj, <object>w.session)
+    except Unsendable as error:
+        raise refusal(w, error.args[0], error.args[1]) from None
     put_value(w, <PyObject *>value)
     w.step = step.parent
     return 0

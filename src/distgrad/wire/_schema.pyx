@@ -8,12 +8,14 @@ The registry is what this process can send, filled at import; nothing of a worke
 import dataclasses
 import datetime
 import enum
+import pickle
 import re
+import zoneinfo
 
 import numpy as np
 
 from distgrad.config import config
-from distgrad.errors import ProtocolError
+from distgrad.errors import ProtocolError, SerializationError
 
 cimport cython
 from cpython.object cimport PyObject
@@ -153,6 +155,10 @@ cdef object undescribe(description):
 
 
 # -- registered types ---------------------------------------------------------------------
+
+class Unsendable(Exception):
+    """A hook refuses an object: ``(fact, hint)``. The encoder adds where the object is."""
+
 
 @cython.final
 cdef class Extension:
@@ -345,8 +351,36 @@ cdef tuple arguments(value):
     return value
 
 
+cdef object ZONE_KEY = re.compile(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*")
+
+
+def _key_of(zone, session):
+    """Return the key of a time zone: its rules do not travel, the receiver has its own."""
+    try:
+        zone.__reduce__()           # tells a file's rules from those of the time zone database
+    except pickle.PicklingError:
+        raise Unsendable(
+            "a time zone that was read from a file",
+            "make it by its key, zoneinfo.ZoneInfo('Europe/Paris'), or send the time in UTC",
+        ) from None
+    return zone.key
+
+
+def _zone_of(key, session):
+    """Return the time zone of a key; nothing else is looked for on disk."""
+    if type(key) is not str or len(key) > 255 or not ZONE_KEY.fullmatch(key):
+        raise malformed("the key of a time zone is none")
+    try:
+        return zoneinfo.ZoneInfo(key)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        raise SerializationError(
+            f"cannot receive a time zone: {key!r} is not known here",
+            hint="install the package tzdata on the worker that receives it, or send UTC",
+        ) from None
+
+
 def _register_time():
-    """Register the datetime types; a zone with rules of its own cannot be sent."""
+    """Register the datetime types, and time zones by offset or by key."""
     register_type(
         datetime.date, "date", lambda day, session: (day.year, day.month, day.day),
         lambda value, session: datetime.date(*arguments(value)),
@@ -360,6 +394,7 @@ def _register_time():
         datetime.timezone, "timezone", lambda zone, session: zone.__getinitargs__(),
         lambda value, session: datetime.timezone(*arguments(value)),
     )
+    register_type(zoneinfo.ZoneInfo, "zoneinfo", _key_of, _zone_of)
     register_type(
         datetime.time, "time",
         lambda at, session: (
