@@ -429,6 +429,61 @@ def test_backward_of_this_worker_alone_refuses_what_came_from_another(threads: W
     threads.run(act)
 
 
+@rpc.expose
+def slope_at_callee(x: Any) -> Any:
+    """Return what local passes find at a worker in the middle of a chain of calls."""
+    weight = leaf(5.0)
+    hidden = x * weight
+    further = rpc.rpc_sync("worker2", served.scale, args=(hidden,))
+    found = dg.grad((hidden * hidden * x.sum()).sum(), [hidden, x, weight], retain_graph=True)
+    with pytest.raises(GraphError, match="leads to another worker"):
+        dg.grad((further * hidden).sum(), [hidden])
+    return [gradient.item() for gradient in found]
+
+
+def local_passes(rank: int) -> Any:
+    x, other = leaf(2.0), leaf(7.0)
+    with dist_autograd.context():
+        before = rpc.rpc_sync("worker1", served.scale, args=(leaf(1.0),))
+        y = rpc.rpc_sync("worker1", served.scale, args=(x,))
+        programs = [
+            lambda: dg.grad(y.sum(), [x]),
+            lambda: dg.grad((y * x).sum(), [x]),
+            lambda: dg.grad(y.sum(), [x], allow_unused=True),
+            lambda: dg.grad((y * other).sum(), [other, x], allow_unused=True),
+            lambda: y.sum().backward(inputs=[x]),
+            lambda: dg.functional.value_and_grad(called_on_first)(x),
+            lambda: dg.functional.jacobian(called_on_first)(x),
+        ]
+        hints = []
+        for program in programs:
+            with pytest.raises(
+                GraphError, match=r"find the gradients .* leads to another"
+            ) as caught:
+                program()
+            hints.append("get_gradients(context_id)" in caught.value.hint)
+        assert x.grad is None
+        partial_ones = [
+            dg.grad((y * other).sum(), [other], retain_graph=True)[0].item(),
+            dg.grad((before * x).sum(), [x])[0].item(),
+            dg.grad((y * y).sum(), [y], retain_graph=True)[0].item(),
+        ]
+        return hints, partial_ones, rpc.rpc_sync("worker1", slope_at_callee, args=(x,))
+
+
+def called_on_first(x: Any) -> Any:
+    return rpc.rpc_sync("worker1", served.scale, args=(x,)).sum()
+
+
+def test_backward_of_this_worker_alone_finds_no_gradient_that_other_workers_are_part_of(
+    trio: World,
+) -> None:
+    hints, partial_ones, at_callee = on_first(trio, local_passes)
+    assert hints == [True] * 7
+    assert partial_ones == [6.0, 3.0, 12.0]
+    assert at_callee == [40.0, 300.0, 80.0]
+
+
 REPEATED = {
     "all": lambda y: y.sum(),
     "rows": lambda y: (y.sum(axis=0) * np.arange(1000.0)).sum(),

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from distgrad._core import Tensor, gradient_edge
-from distgrad.graph._node import Node
+from distgrad._core import GraphTask, Tensor, gradient_edge
+from distgrad.graph._node import Node, TensorBase
 from distgrad.rpc.activity import worker_or_none
 
 __all__ = ["RecvRpcBackward", "SendRpcBackward"]
@@ -103,11 +103,26 @@ class RecvRpcBackward(Node):
         self.peer = peer
         self.context_id = context_id
 
-    def refusal(self) -> Exception:
-        """Return the error of a pass on this worker alone; it says if the context is finished."""
+    def refusal(self, inputs: Sequence[TensorBase] | None = None) -> Exception | None:
+        """Return the error of a pass on this worker alone; it says if the context is finished.
+
+        Gradients of inputs come through here if the inputs were sent before this was received.
+        """
         worker = worker_or_none()
-        if worker is None or self.context_id in (engine := worker.extensions["autograd"]).parts:
-            return super().refusal()
-        error: Exception = engine.missing(self.context_id)
+        if worker is None:
+            return super().refusal(inputs)
+        engine = worker.extensions["autograd"]
+        part = engine.parts.get(self.context_id)
+        if part is None:
+            error: Exception = engine.missing(self.context_id)
+        elif inputs is None or self._may_come_from(part.sends.values(), inputs):
+            error = super().refusal(inputs)
+        else:
+            return None
         error.add_note(f"backward leads to a tensor that worker {self.peer} sent in that context")
         return error
+
+    def _may_come_from(self, sends: Iterable[Node], inputs: Sequence[TensorBase]) -> bool:
+        now = self._sequence_nr()
+        sent = GraphTask((), sends=[node for node in sends if node._sequence_nr() < now])
+        return any(sent.reaches(gradient_edge(x)[0]) for x in inputs)

@@ -53,7 +53,7 @@ cdef class GraphTask:
     cdef int begin(self, roots, sends, retain_graph, bint create_graph, inputs,
                    GradientTable table) except -1
     cdef object fit_delivered(self, Node node, int i, object gradient)
-    cdef int refuse_boundaries(self) except -1
+    cdef int refuse_boundaries(self, inputs) except -1
     cdef list start_at(self, roots, sends)
     cdef int lookup(self, PyObject *node) noexcept
     cdef int visit(self, PyObject *node) except -1

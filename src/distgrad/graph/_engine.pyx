@@ -434,12 +434,14 @@ cdef class GraphTask:
             meta = &(<Node>node.edges[i].node).slots[node.edges[i].slot]
         return fit(spread_out(gradient, meta), meta, node, self.create)
 
-    cdef int refuse_boundaries(self) except -1:
+    cdef int refuse_boundaries(self, inputs) except -1:
         """Raise, before anything has run, if gradients would have to leave this worker."""
         cdef int i
         for i in range(self.n_visits):
             if (<Node>self.visits[i].node).boundary:
-                raise (<object>self.visits[i].node).refusal()
+                refusal = (<object>self.visits[i].node).refusal(inputs)
+                if refusal is not None:
+                    raise refusal
         return 0
 
     def run(self):
@@ -828,8 +830,7 @@ cdef GraphTask local_pass(list roots, object retain_graph, bint create_graph, ob
     """What ``GraphTask(...)`` and ``run`` do for a pass without sends, without their arguments."""
     cdef GraphTask task = GraphTask.__new__(GraphTask)
     task.begin(roots, (), retain_graph, create_graph, inputs, None)
-    if inputs is None:
-        task.refuse_boundaries()
+    task.refuse_boundaries(inputs)
     task.run()
     return task
 

@@ -310,11 +310,16 @@ cdef class Node:
         """
         raise NotImplementedError(f"cannot run {self.name()}: it has no apply")
 
-    def refusal(self):
-        """Return the error of a pass on this worker alone that would reach this boundary."""
+    def refusal(self, inputs=None):
+        """Return the error of a pass on this worker alone that would reach this boundary.
+
+        None if gradients of `inputs`, all that are asked for, do not come through it.
+        """
+        what = "run backward" if inputs is None else "find the gradients of inputs"
         return GraphError(
-            f"cannot run backward on this worker alone: {self.name()} leads to another worker",
-            hint="use distgrad.autograd.backward(context_id, roots) in the context",
+            f"cannot {what} on this worker alone: {self.name()} leads to another worker",
+            hint="in the context, use distgrad.autograd.backward(context_id, roots) and "
+            "get_gradients(context_id); or detach() what came from there",
         )
 
     def release(self):
