@@ -18,6 +18,7 @@ from distgrad.wire._schema import (
     register_type,
     set_tensor_type,
 )
+from distgrad.wire import strings as _strings    # registers itself  # no-cython-lint
 
 cimport cython
 cimport numpy as cnp

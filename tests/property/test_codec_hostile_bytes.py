@@ -147,6 +147,7 @@ def test_codec_invented_frame_is_refused(data: bytes) -> None:
         b"\xc5\x00\x01" + (2**40).to_bytes(8, "little") + b"\x83|V0",
         b"\xc5\x00\x01" + (2**30).to_bytes(8, "little") + b"\x8b|V100000000",
         b"\xac\x00\x8b|V100000000",
+        b"\xc8\x87strings\xc0\x04\0\0\0\xc5\x04\x01" + (2**40).to_bytes(8, "little"),
     ],
     ids=lambda meta: meta[:5].hex(),
 )

@@ -65,6 +65,21 @@ dtypes = st.one_of(
 
 
 @st.composite
+def string_arrays(draw: st.DrawFn) -> np.ndarray[Any, Any]:
+    """Arrays of strings of any length, whole, transposed or with gaps."""
+    marks = draw(st.sampled_from([{}, {"na_object": None}, {"na_object": np.nan}]))
+    dtype: Any = np.dtypes.StringDType(coerce=draw(st.booleans()), **marks)
+    shape = draw(hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
+    items = st.text(max_size=20) | st.sampled_from(list(marks.values()) or [""])
+    array = np.empty(shape, dtype)
+    for place in np.ndindex(shape):
+        array[place] = draw(items)
+    if draw(st.booleans()):
+        array = array.T
+    return array[::2] if array.ndim and draw(st.booleans()) else array
+
+
+@st.composite
 def arrays(draw: st.DrawFn) -> np.ndarray[Any, Any]:
     """Arrays of any dtype, byte order and shape, whole, transposed or with gaps."""
     dtype = draw(dtypes)
@@ -112,6 +127,14 @@ def test_codec_any_array_comes_back_the_same(array: np.ndarray[Any, Any]) -> Non
     assert same(back, array)
     assert back.flags.writeable
     assert back.flags.aligned
+    assert back.flags.f_contiguous >= (array.flags.f_contiguous and not array.flags.c_contiguous)
+
+
+@given(string_arrays())
+def test_codec_any_array_of_strings_comes_back_the_same(array: np.ndarray[Any, Any]) -> None:
+    back = round_trip(array)
+    assert same(back, array)
+    assert back.flags.writeable
     assert back.flags.f_contiguous >= (array.flags.f_contiguous and not array.flags.c_contiguous)
 
 

@@ -166,9 +166,8 @@ class Labelled(np.ndarray):
         np.zeros(3, [("a", "i4"), ("b", "O")]),
         np.zeros(3).view(Labelled),
         np.ma.zeros(3),
-        np.array(["a"], np.dtypes.StringDType()),
     ],
-    ids=["object", "objects", "subclass", "masked", "StringDType"],
+    ids=["object", "objects", "subclass", "masked"],
 )
 def test_codec_array_without_a_form_is_refused(array: Array) -> None:
     with pytest.raises(SerializationError, match=r"value\[0\].* has no form on the wire"):

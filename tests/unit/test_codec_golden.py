@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from golden_records import Level, Mode, Point, Size
+from numpy.dtypes import StringDType
 from wire_values import same, whole
 
 from distgrad._codec import decode, encode, parse
@@ -99,6 +100,17 @@ CASES: dict[str, tuple[int, dict[str, int], Any]] = {
         32,
         {},
         [np.arange(700, dtype="<f4"), "between", np.arange(3000, dtype="u1").reshape(60, 50).T],
+    ),
+    "strings": (
+        2,
+        {},
+        [
+            np.array([["a", "", "日本語"], ["nul\0", "b" * 20, "é"]], StringDType()),
+            np.array([["a", None], ["b", "c"]], StringDType(na_object=None), order="F"),
+            np.array(["x", np.nan], StringDType(na_object=np.nan, coerce=False)),
+            np.array("alone", StringDType()),
+            np.zeros((0, 3), StringDType()),
+        ],
     ),
     "shared": (2, {}, shared()),
     "records": (

@@ -339,7 +339,7 @@ cdef object read_extension(Reader *r):
     codec = read_codec(r)
     if type(codec) is not Extension:
         raise malformed("a value of a type that is not registered here")
-    value = read_value(r)
+    value = read_key(r) if (<Extension>codec).alone else read_value(r)
     return (<Extension>codec).decode(value, <object>r.session)
 
 

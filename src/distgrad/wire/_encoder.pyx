@@ -38,6 +38,7 @@ cdef enum:
     X87_NBYTES = 10        # of a number of 80 bits; a long double is larger
 
 cdef object generic = np.generic
+cdef object StringDType = np.dtypes.StringDType
 
 
 cdef int open_writer(Writer *w, uint8_t kind, PyObject *session) except -1:
@@ -520,7 +521,10 @@ cdef int put_extension(Writer *w, object obj, Extension codec) except -1:
         value = codec.encode(obj, <object>w.session)
     except Unsendable as error:
         raise refusal(w, error.args[0], error.args[1]) from None
-    put_value(w, <PyObject *>value)
+    if codec.alone:
+        put_key(w, <PyObject *>value)
+    else:
+        put_value(w, <PyObject *>value)
     w.step = step.parent
     return 0
 
@@ -585,6 +589,8 @@ cdef int put_array(Writer *w, cnp.ndarray array) except -1:
     cdef uint8_t order = 0
     cdef size_t gap
     _held = array  # invariant 3
+    if code == DESCRIBED and type(array.descr) is StringDType:
+        return put_extension(w, array, <Extension>codecs_by_name["strings"])
     if nbytes == 0 and rows_without_bytes(array) > limits.max_items:
         raise refusal(w, f"{rows_without_bytes(array):.0f} items without bytes")
     if not inside and nbytes > <int64_t>limits.max_payload_bytes - w.payload_nbytes:

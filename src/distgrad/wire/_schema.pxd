@@ -72,6 +72,7 @@ cdef class Extension:
     cdef readonly str name           # on the wire
     cdef readonly object encode      # (obj, session) -> value
     cdef readonly object decode      # (value, session) -> obj
+    cdef bint alone                  # the value has no references to what came before
 
 
 cdef class Record:

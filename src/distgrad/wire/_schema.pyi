@@ -26,6 +26,7 @@ class Extension:
         name: str,
         encode: Callable[[Any, Any], object],
         decode: Callable[[Any, Any], object],
+        alone: bool = False,
     ) -> None: ...
 
 @disjoint_base
@@ -39,6 +40,8 @@ class Record:
     def __init__(self, cls: type, name: str, fields: Sequence[str]) -> None: ...
     def values(self, obj: object) -> tuple[object, ...]: ...
     def build(self, values: Sequence[object]) -> object: ...
+
+class Unsendable(Exception): ...
 
 class _Limits(TypedDict):
     max_depth: int
@@ -58,6 +61,8 @@ def register_type(
     name: str,
     encode: Callable[[_T, Any], object],
     decode: Callable[[Any, Any], _T],
+    *,
+    alone: bool = False,
 ) -> None: ...
 def register_record(cls: type, name: str) -> None: ...
 def register_exceptions(

@@ -164,8 +164,9 @@ class Unsendable(Exception):
 cdef class Extension:
     """A type that travels as the value its hook makes of it."""
 
-    def __init__(self, cls, name, encode, decode):
+    def __init__(self, cls, name, encode, decode, bint alone=False):
         self.cls, self.name, self.encode, self.decode = cls, name, encode, decode
+        self.alone = alone
 
 
 cdef class Record:
@@ -280,7 +281,7 @@ cdef int add_codec(object codec) except -1:
     return 0
 
 
-def register_type(cls, name, encode, decode):
+def register_type(cls, name, encode, decode, *, alone=False):
     """Let instances of exactly this class be sent, under a name both sides know.
 
     Parameters
@@ -292,13 +293,16 @@ def register_type(cls, name, encode, decode):
     decode
         ``decode(value, session) -> obj``. The value comes from a peer: check it. What it
         raises reaches the receiver as ProtocolError.
+    alone
+        Whether the value stands alone, as a key does: no reference to what came before is in it.
+        For a `decode` that copies, which references could make copy one thing many times.
 
     Raises
     ------
     ValueError
         The name belongs to another class.
     """
-    add_codec(Extension(cls, name, encode, decode))
+    add_codec(Extension(cls, name, encode, decode, alone))
 
 
 def register_exceptions(encode, decode):
