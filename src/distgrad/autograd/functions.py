@@ -114,12 +114,13 @@ class RecvRpcBackward(Node):
         engine = worker.extensions["autograd"]
         part = engine.parts.get(self.context_id)
         if part is None:
-            error: Exception = engine.missing(self.context_id)
+            error: Exception | None = engine.missing(self.context_id)
         elif inputs is None or self._may_come_from(part.sends.values(), inputs):
             error = super().refusal(inputs)
         else:
-            return None
-        error.add_note(f"backward leads to a tensor that worker {self.peer} sent in that context")
+            error = None
+        if error is not None:
+            error.add_note(f"it leads to a tensor that worker {self.peer} sent in that context")
         return error
 
     def _may_come_from(self, sends: Iterable[Node], inputs: Sequence[TensorBase]) -> bool:
