@@ -47,6 +47,7 @@ __all__ = [
     "Tensor",
     "arange",
     "autograd",
+    "config",
     "empty",
     "empty_like",
     "enable_grad",

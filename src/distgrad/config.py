@@ -2,14 +2,19 @@
 
 ``config`` is read when it is used, so a change takes effect at once. An environment
 variable ``DISTGRAD_<FIELD>`` overrides the default of each field at import.
+
+The fields are attributes of this module as well, so that ``distgrad.config.trace_graph = True``
+means the same however ``config`` was imported.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 __all__ = ["Config", "config"]
 
@@ -67,6 +72,16 @@ class Config:
     trace_graph: bool = False
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.__dataclass_fields__:
+            import difflib  # here, because it takes as long to load as the rest of this module
+
+            near = difflib.get_close_matches(name, self.__dataclass_fields__, 1)
+            raise AttributeError(
+                f"cannot set {name}: distgrad.config has no such setting"
+                + (f"; is {near[0]} meant?" if near else ""),
+                name=name,
+                obj=self,
+            )
         if isinstance(value, (int, float)) and not value >= 0:  # true of NaN
             raise ValueError(f"cannot set {name} to {value!r}: expected 0 or more")
         super().__setattr__(name, value)
@@ -105,3 +120,29 @@ def _from_environment() -> Config:
 
 #: The settings of this process.
 config = _from_environment()
+
+
+class _Module(ModuleType):
+    """This module, whose attributes by the names of settings are the settings."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self) or name.startswith("__"):
+            super().__setattr__(name, value)
+        else:
+            setattr(config, name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *Config.__dataclass_fields__})
+
+
+def _setting(name: str) -> property:
+    return property(lambda _: getattr(config, name))
+
+
+for _field in fields(Config):
+    setattr(_Module, _field.name, _setting(_field.name))
+sys.modules[__name__].__class__ = _Module
+
+if TYPE_CHECKING:  # for checkers, which do not see the properties
+
+    def __getattr__(name: str) -> Any: ...
