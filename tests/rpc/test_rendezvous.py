@@ -1,6 +1,7 @@
 """Meeting: places, stores, names, secrets."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,7 +12,12 @@ import pytest
 
 from distgrad import rpc
 from distgrad.config import config
-from distgrad.errors import AuthenticationError, RpcTimeoutError, WorkerLostError
+from distgrad.errors import (
+    AuthenticationError,
+    RpcTimeoutError,
+    TransportError,
+    WorkerLostError,
+)
 from distgrad.rpc.options import RpcBackendOptions
 from distgrad.rpc.rendezvous import find_place, meet
 from distgrad.rpc.store import FileStore, MemoryStore
@@ -50,14 +56,13 @@ def test_find_place_what_is_missing_is_named(method, rank, size, environ, text):
 def test_store_gathers_what_others_publish(kind, tmp_path):
     store = MemoryStore() if kind == "memory" else FileStore(tmp_path / "s")
     until = time.monotonic() + 10
-    thread = threading.Thread(target=lambda: store.set("w/1", [1, "b"]))
-    store.set("w/0", [0, "a"])
-    store.set("other", 1)
+    thread = threading.Thread(target=lambda: store.claim("w/1", [1, "b"]))
+    store.claim("w/0", [0, "a"])
+    store.claim("other", 1)
     thread.start()
     assert store.gather("w/", 2, until) == {"w/0": [0, "a"], "w/1": [1, "b"]}
     thread.join()
-    with pytest.raises(ValueError, match="w/0"):
-        store.set("w/0", [2])
+    assert store.claim("w/0", [2]) == [0, "a"]
     with pytest.raises(RpcTimeoutError, match="2 of 3"):
         store.gather("w/", 3, time.monotonic() + 0.05)
 
@@ -66,7 +71,7 @@ def test_store_gathers_what_others_publish(kind, tmp_path):
 def test_store_failure_ends_all_who_wait_but_nobody_who_has_enough(kind, tmp_path):
     store = MemoryStore() if kind == "memory" else FileStore(tmp_path / "s")
     until = time.monotonic() + 10
-    store.set("w/0", 0)
+    store.claim("w/0", 0)
     thread = threading.Thread(target=store.fail, args=("the second one ended",))
     thread.start()
     with pytest.raises(WorkerLostError, match="the second one ended"):
@@ -81,16 +86,16 @@ def free_port():
         return server.getsockname()[1]
 
 
-def join_all(size, options_of, names=None):
-    """Start workers on threads of this process; return workers and failures by rank."""
+def join_all(size, options_of, names=None, ranks=None, sizes=None):
+    """Start workers on threads of this process; return workers and failures by number."""
     workers, failures = {}, {}
 
-    def body(rank):
+    def body(i):
+        name, rank = names[i] if names else f"w{i}", ranks[i] if ranks else i
         try:
-            name = names[rank] if names else f"w{rank}"
-            workers[rank] = rpc.init_rpc(name, None, rank, size, options_of(rank))
+            workers[i] = rpc.init_rpc(name, None, rank, sizes[i] if sizes else size, options_of(i))
         except Exception as error:
-            failures[rank] = error
+            failures[i] = error
 
     threads = [threading.Thread(target=body, args=(rank,)) for rank in range(size)]
     for thread in threads:
@@ -132,24 +137,47 @@ def test_init_rpc_wrong_secret_is_refused(monkeypatch):
     assert isinstance(failures[0], RpcTimeoutError)
 
 
-def test_init_rpc_equal_names_are_refused():
-    store = MemoryStore()
-    workers, failures = join_all(
-        2, lambda _: RpcBackendOptions(init_method=store), names=["same", "same"]
-    )
-    close_all(workers)
-    assert all("all named 'same'" in str(error) for error in failures.values())
-    assert len(failures) == 2
-
-
-@pytest.mark.parametrize("method", ["memory", "file", "tcp"])
-def test_init_rpc_that_fails_on_one_worker_fails_on_all_at_once(method, tmp_path):
-    meeting = {
+@pytest.fixture(params=["memory", "file", "tcp"])
+def meeting(request, tmp_path):
+    """Where a world meets; whoever waits for it to the end fails the test."""
+    return {
         "memory": MemoryStore(),
         "file": f"file://{tmp_path}/store",
         "tcp": f"tcp://127.0.0.1:{free_port()}",
-    }[method]
+    }[request.param]
 
+
+@pytest.mark.parametrize(
+    ("misfits", "fact"),
+    [
+        ({"names": ["same", "other", "same"]}, r"\(rank [02]\): rank [02] has that name"),
+        ({"ranks": [0, 1, 1]}, r"w[12]' \(rank 1\): worker 'w[12]' has that rank"),
+        ({"sizes": [3, 3, 4]}, r"it has world_size=[34], worker 'w\d' \(rank \d\) [34]"),
+        ({"sizes": [4, 3, 3]}, r"it has world_size=[34], worker 'w\d' \(rank \d\) [34]"),
+    ],
+    ids=["name", "rank", "size", "first size"],
+)
+def test_init_rpc_workers_that_do_not_fit_together_fail_all_at_once(meeting, misfits, fact):
+    workers, failures = join_all(
+        3, lambda _: RpcBackendOptions(init_method=meeting, secret="s"), **misfits
+    )
+    close_all(workers)
+    assert workers == {}
+    assert any(re.search(fact, str(error)) for error in failures.values())
+    assert all(isinstance(error, FAILURES) for error in failures.values()), failures
+
+
+FAILURES = (ValueError, WorkerLostError, TransportError)  # but not RpcTimeoutError
+
+
+def test_init_rpc_file_of_another_world_is_refused_and_named(tmp_path):
+    options = RpcBackendOptions(init_method=f"file://{tmp_path}/store")
+    close_all({0: rpc.init_rpc("a", None, 0, 1, options)})
+    with pytest.raises(ValueError, match=r"'a' has that rank.*store is of another world"):
+        rpc.init_rpc("a", None, 0, 1, options)
+
+
+def test_init_rpc_that_fails_on_one_worker_fails_on_all_at_once(meeting):
     def options_of(rank):
         return RpcBackendOptions(init_method=meeting, secret="s")
 
@@ -158,6 +186,44 @@ def test_init_rpc_that_fails_on_one_worker_fails_on_all_at_once(method, tmp_path
     assert isinstance(failures[1], ValueError)
     assert isinstance(failures[0], WorkerLostError)
     assert "worker 'not a name' could not join: ValueError" in str(failures[0])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fact"),
+    [
+        ("no_such_module:f", "No module named 'no_such_module'"),
+        ("math:no_such_function", "math has no 'no_such_function'"),
+        ("math:pi", "pi is neither function nor class"),
+        ("math", "expected 'module:name'"),
+    ],
+)
+def test_init_rpc_pattern_that_exposes_nothing_fails_on_all_at_once(meeting, pattern, fact):
+    def options_of(rank):
+        patterns = (p for p in ("math:sqrt", pattern)[: rank + 1])
+        return RpcBackendOptions(init_method=meeting, secret="s", expose=patterns)
+
+    workers, failures = join_all(2, options_of)
+    close_all(workers)
+    assert f"cannot expose {pattern!r}: {fact}" in str(failures[1])
+    assert isinstance(failures[0], WorkerLostError)
+    assert fact in str(failures[0])
+
+
+def test_init_rpc_backend_that_does_not_exist_fails_on_all_at_once(meeting):
+    def body(rank, failures):
+        options = RpcBackendOptions(init_method=meeting, secret="s")
+        try:
+            rpc.init_rpc(f"w{rank}", "pigeon" if rank else None, rank, 2, options)
+        except Exception as error:
+            failures[rank] = error
+
+    failures = {}
+    other = threading.Thread(target=body, args=(1, failures))
+    other.start()
+    body(0, failures)
+    other.join()
+    assert all("pigeon" in str(error) for error in failures.values())
+    assert len(failures) == 2
 
 
 def test_init_rpc_worker_that_breaks_off_fails_the_others_at_once():
@@ -264,6 +330,8 @@ def test_init_rpc_raises_the_soft_limit_of_descriptors_for_a_large_world():
         ({"num_worker_threads": True}, TypeError),
         ({"host": 5}, TypeError),
         ({"expose": [print]}, TypeError),
+        ({"expose": 5}, TypeError),
+        ({"expose": None}, TypeError),
     ],
 )
 def test_options_that_make_no_sense_are_named(option, error):

@@ -139,12 +139,17 @@ class Exposure:
         module_name, colon, wanted = pattern.partition(":")
         if not colon or not module_name or not wanted:
             raise ValueError(f"cannot expose {pattern!r}: expected 'module:name' or 'module:*'")
-        module = importlib.import_module(module_name)
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError as error:
+            raise ValueError(f"cannot expose {pattern!r}: {error}") from error
         names = [wanted] if wanted != "*" else _public_names(module)
         for name in names:
             if not hasattr(module, name):
                 raise ValueError(f"cannot expose {pattern!r}: {module_name} has no {name!r}")
             target = getattr(module, name)
+            if not callable(target):
+                raise ValueError(f"cannot expose {pattern!r}: {name} is neither function nor class")
             for key, function in _offered(f"{module_name}:{name}", target):
                 self._own[key] = function
             if isinstance(target, type):

@@ -20,6 +20,7 @@ from distgrad.rpc.activity import (
 )
 from distgrad.rpc.departure import Departure
 from distgrad.rpc.environment import detect
+from distgrad.rpc.exposure import Exposure
 from distgrad.rpc.options import RpcBackendOptions
 from distgrad.rpc.payload import apply_limits
 from distgrad.rpc.pulse import Doors
@@ -67,7 +68,8 @@ def init_rpc(
     Raises
     ------
     ValueError
-        If rank, world size, name or address are missing or taken.
+        If rank, world size, name or address are missing or taken, the workers do not agree on
+        the size, or a pattern of ``expose`` names nothing that can be called.
     AuthenticationError
         If the world does not share this worker's secret, or needs one.
     RpcTimeoutError
@@ -81,9 +83,9 @@ def init_rpc(
     apply_limits()
     _make_room(place.world_size)
     meeting = rendezvous.meet(place, options)
-    joining = _Joining(backend, options, meeting)
+    joining = _Joining(options, meeting)
     try:
-        worker = joining.worker(name)
+        worker = joining.worker(backend, name)
     except BaseException as error:
         joining.abandon()
         meeting.fail(name, error)
@@ -107,9 +109,7 @@ def _make_room(world_size: int) -> None:
 class _Joining:
     """The steps from a meeting to a running worker."""
 
-    def __init__(
-        self, backend: str | None, options: RpcBackendOptions, meeting: rendezvous.Meeting
-    ) -> None:
+    def __init__(self, options: RpcBackendOptions, meeting: rendezvous.Meeting) -> None:
         self._options = options
         self._meeting = meeting
         self._secret = options.find_secret()
@@ -118,30 +118,24 @@ class _Joining:
         self._doors = Doors((), None)
         self._worker: Worker | None = None
         self._ready = threading.Event()
-        self._schemes = _schemes(backend, meeting.place.scheme, self._secret)
-        self._published = _schemes(backend, meeting.place.scheme, self._secret)
-        if "inproc" not in self._schemes:
-            self._schemes.append("inproc")  # the way to itself
 
-    def worker(self, name: str) -> Worker:
-        for scheme in self._schemes:
+    def worker(self, backend: str | None, name: str) -> Worker:
+        exposure = Exposure(name, self._options.expose)  # first: others wait for who cannot join
+        published = _schemes(backend, self._meeting.place.scheme, self._secret)
+        schemes = list(dict.fromkeys((*published, "inproc")))  # the last one leads to itself
+        for scheme in schemes:
             self._listeners.append(self._listen(scheme))
-        addresses = [
-            listener.address
-            for scheme, listener in zip(self._schemes, self._listeners, strict=True)
-            if scheme in self._published
-        ]
+        by_scheme = dict(zip(schemes, self._listeners, strict=True))
+        addresses = [by_scheme[scheme].address for scheme in published]
         if self._options.heartbeat_interval > 0:
-            self._doors = Doors(self._published, self._options.host or self._meeting.host)
+            self._doors = Doors(published, self._options.host or self._meeting.host)
         own = rendezvous.new_member(
             name, self._meeting.place.rank, addresses, self._doors.addresses
         )
         members = self._meeting.exchange(own)
-        members[own.id] = own._replace(
-            addresses=(self._listeners[self._schemes.index("inproc")].address,)
-        )
+        members[own.id] = own._replace(addresses=(by_scheme["inproc"].address,))
         world = World(members, own.id, self._secret)
-        worker = Worker(world, self._options, self._poller)
+        worker = Worker(world, self._options, exposure, self._poller)
         worker.agent.links.listeners = self._listeners
         worker.agent.beat(self._doors, self._options.heartbeat_interval)
         worker.extensions["departure"] = Departure(worker)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,10 +75,14 @@ class RpcBackendOptions:
             _check(self, "secret", (str, bytes), "text or bytes")
         if self.host is not None:
             _check(self, "host", (str,), "a name or address")
-        if isinstance(self.expose, str):
-            self.expose = (self.expose,)
-        if not all(isinstance(pattern, str) for pattern in self.expose):
-            raise TypeError(f"cannot use expose={self.expose!r}: expected texts 'module:name'")
+        patterns = (self.expose,) if isinstance(self.expose, str) else self.expose
+        is_list = isinstance(patterns, Iterable)
+        self.expose = tuple(patterns) if is_list else ()
+        if not is_list or not all(isinstance(pattern, str) for pattern in self.expose):
+            raise TypeError(
+                f"cannot use expose={patterns!r}: expected texts 'module:name'; functions "
+                "themselves are decorated with rpc.expose"
+            )
 
     def find_secret(self) -> bytes | None:
         """Return the world's secret from the options, the environment or the secret file.

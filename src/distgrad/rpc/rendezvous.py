@@ -18,7 +18,6 @@ import stat
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -155,7 +154,6 @@ class Meeting:
         self.deadline = deadline
         self._secret = secret
         self._server: StoreServer | None = None
-        self._is_member = True
         self.store = self._open()
 
     def _open(self) -> Store:
@@ -220,22 +218,36 @@ class Meeting:
         RpcTimeoutError
             If not all arrive in time.
         ValueError
-            If two workers have one rank or one name.
+            If another worker has this rank or name, or another size of the world.
         """
-        self._is_member = False  # if another worker has this rank, or another file is meant
-        self.store.set(f"worker/{own.id}", list(own))
-        self._is_member = True
+        self._claim(own)
         records = self.store.gather("worker/", self.place.world_size, self.deadline)
-        members = sorted((_member(record) for record in records.values()), key=lambda m: m.id)
-        name, count = Counter(member.name for member in members).most_common(1)[0]
-        if count > 1:
-            ranks = [member.id for member in members if member.name == name]
-            raise ValueError(f"cannot build the world: ranks {ranks} are all named {name!r}")
-        return members
+        return sorted((_member(record) for record in records.values()), key=lambda m: m.id)
+
+    def _claim(self, own: Member) -> None:
+        """Publish this worker, unless that would make a world that cannot come about."""
+        size = self.place.world_size
+        first_size, first, first_rank = self.store.claim("world", [size, own.name, own.id])
+        if first_size != size:
+            raise self._misfit(
+                own, f"it has world_size={size}, worker {first!r} (rank {first_rank}) {first_size}"
+            )
+        rank = self.store.claim(f"name/{own.name}", own.id)
+        if rank != own.id:
+            raise self._misfit(own, f"rank {rank} has that name")
+        other = _member(self.store.claim(f"worker/{own.id}", list(own)))
+        if other.incarnation != own.incarnation:
+            raise self._misfit(own, f"worker {other.name!r} has that rank")
+
+    def _misfit(self, own: Member, fact: str) -> ValueError:
+        text = f"cannot join the world as worker {own.name!r} (rank {own.id}): {fact}"
+        if self.place.scheme == "file":
+            text += f"; or {self.place.target} is of another world: each needs a fresh file"
+        return ValueError(text)
 
     def fail(self, name: str, error: BaseException) -> None:
         """Tell the others not to wait for this worker, which cannot join."""
-        if self._is_member and not isinstance(error, RpcTimeoutError | WorkerLostError):
+        if not isinstance(error, RpcTimeoutError | WorkerLostError):
             fact = f"{type(error).__name__}: {error}"
             self.store.fail(f"worker {name!r} could not join: {fact.partition(chr(10))[0]}")
 

@@ -43,14 +43,8 @@ class Store(ABC):
     """Keys with JSON values, written once each."""
 
     @abstractmethod
-    def set(self, key: str, value: Any) -> None:
-        """Publish a value.
-
-        Raises
-        ------
-        ValueError
-            If the key exists with another value.
-        """
+    def claim(self, key: str, value: Any) -> Any:
+        """Publish a value unless the key has one already; return what the key has now."""
 
     @abstractmethod
     def gather(self, prefix: str, count: int, deadline: float) -> dict[str, Any]:
@@ -67,8 +61,8 @@ class Store(ABC):
 
     def fail(self, reason: str) -> None:
         """Tell all who wait in `gather`, and will, that the world cannot come about."""
-        with contextlib.suppress(ValueError, OSError, TransportError):  # somebody did, or all left
-            self.set(_FAILURE, reason)
+        with contextlib.suppress(OSError, TransportError):  # all left
+            self.claim(_FAILURE, reason)
 
     @abstractmethod
     def close(self) -> None:
@@ -104,11 +98,10 @@ class MemoryStore(Store):
         self._values: dict[str, Any] = {}
         self._changed = threading.Condition()
 
-    def set(self, key: str, value: Any) -> None:
+    def claim(self, key: str, value: Any) -> Any:
         with self._changed:
-            if self._values.setdefault(key, value) != value:
-                raise ValueError(f"cannot publish {key!r}: another worker did already")
             self._changed.notify_all()
+            return self._values.setdefault(key, value)
 
     def gather(self, prefix: str, count: int, deadline: float) -> dict[str, Any]:
         with self._changed:
@@ -133,29 +126,28 @@ class FileStore(Store):
     """
 
     _PAUSE_S = 0.01  # a file cannot be waited for, so it is looked at again
+    _one_thread = threading.Lock()  # the lock of the file is that of the whole process
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     @contextlib.contextmanager
     def _locked(self) -> Any:
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "r+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX)
-            yield file
+        with self._one_thread:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            with os.fdopen(descriptor, "r+") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX)
+                yield file
 
     def _read(self, file: Any) -> dict[str, Any]:
         return dict(json.loads(line) for line in file if line.strip())
 
-    def set(self, key: str, value: Any) -> None:
+    def claim(self, key: str, value: Any) -> Any:
         with self._locked() as file:
             known = self._read(file)
-            if key in known and known[key] != value:
-                raise ValueError(
-                    f"cannot publish {key!r} in {self.path}: it is there already; "
-                    "use a fresh file for every world"
-                )
-            file.write(json.dumps([key, value]) + "\n")
+            if key not in known:
+                file.write(json.dumps([key, value]) + "\n")
+        return known.get(key, value)
 
     def gather(self, prefix: str, count: int, deadline: float) -> dict[str, Any]:
         pause = threading.Event()
@@ -275,9 +267,8 @@ class StoreServer:
 
     def _answer(self, sock: socket.socket, request: Any) -> None:
         try:
-            if request[0] == "set":
-                self.store.set(str(request[1]), request[2])
-                answer: Any = None
+            if request[0] == "claim":
+                answer = self.store.claim(str(request[1]), request[2])
             else:
                 _, prefix, count, patience_s = request
                 answer = self.store.gather(
@@ -288,9 +279,7 @@ class StoreServer:
             _send_record(sock, ["late", str(error.message)])
         except WorkerLostError as error:
             _send_record(sock, ["lost", str(error.message)])
-        except ValueError as error:
-            _send_record(sock, ["refused", str(error)])
-        except (TypeError, IndexError, KeyError):
+        except (TypeError, ValueError, IndexError, KeyError):
             raise ProtocolError("cannot read a store request: malformed") from None
 
     def _client_left(self) -> None:
@@ -371,12 +360,10 @@ class ServerStore(Store):
             raise RpcTimeoutError(answer)
         if verdict == "lost":
             raise WorkerLostError(answer)
-        if verdict == "refused":
-            raise ValueError(answer)
         return answer
 
-    def set(self, key: str, value: Any) -> None:
-        self._ask(["set", key, value])
+    def claim(self, key: str, value: Any) -> Any:
+        return self._ask(["claim", key, value])
 
     def gather(self, prefix: str, count: int, deadline: float) -> dict[str, Any]:
         patience_s = max(0.0, deadline - time.monotonic())

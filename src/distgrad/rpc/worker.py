@@ -44,7 +44,9 @@ class Worker:
         Called once, when this worker has left: what it kept for others is let go.
     """
 
-    def __init__(self, world: World, options: RpcBackendOptions, poller: Poller) -> None:
+    def __init__(
+        self, world: World, options: RpcBackendOptions, exposure: Exposure, poller: Poller
+    ) -> None:
         self.world = world
         self.name = world.own.name
         self.id = world.own.id
@@ -53,7 +55,7 @@ class Worker:
         self.extensions: dict[str, Any] = {}
         self.on_lost: list[Callable[[int, Exception], None]] = []
         self.on_close: list[Callable[[], None]] = []
-        self.exposure = Exposure(self.name, options.expose)
+        self.exposure = exposure
         threads = options.num_worker_threads or max(config.max_serving_threads, 1)
         self.agent = Agent(self, poller, threads)
         self.agent.crew.base_activity = Activity(self)
