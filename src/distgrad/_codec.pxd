@@ -3,6 +3,7 @@
 ``docs/wire-format.md`` has the byte tables; ``_codec.pyx`` the values.
 """
 
+from distgrad.wire._schema cimport Bounds as BoundsType
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
@@ -73,8 +74,8 @@ cdef int read_header(const unsigned char *data, FrameHeader *out) except -1
 # Build a frame from a checked header and what followed it; checks length and crc.
 cdef Frame make_frame(const FrameHeader *header, bytes meta, object payload)
 
-# `encode` without its header arguments.
-cdef Outgoing encode_message(uint8_t kind, object value, object session)
+# `encode` without its header arguments, for a receiver with these bounds if they are known.
+cdef Outgoing encode_message(uint8_t kind, object value, object session, BoundsType bounds)
 
 # `decode` at C level.
 cdef object decode_message(Frame frame, object session)

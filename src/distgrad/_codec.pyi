@@ -6,8 +6,10 @@ from typing_extensions import Buffer
 from distgrad.wire._schema import (
     DTYPES,
     TAGS,
+    Bounds,
     configure,
     name_fields,
+    receivable,
     register_exceptions,
     register_record,
     register_type,
@@ -18,6 +20,7 @@ __all__ = [
     "DTYPES",
     "HEADER_FIELDS",
     "TAGS",
+    "Bounds",
     "Frame",
     "Outgoing",
     "configure",
@@ -25,6 +28,7 @@ __all__ = [
     "encode",
     "name_fields",
     "parse",
+    "receivable",
     "register_exceptions",
     "register_record",
     "register_type",
@@ -87,6 +91,7 @@ def encode(
     deadline_us: int = 0,
     context_id: int = 0,
     message_id: int = 0,
+    bounds: Bounds | None = None,
 ) -> Outgoing: ...
 def decode(frame: Frame, session: Any = None) -> Any: ...
 def parse(data: Buffer, payload: Buffer | None = None) -> Frame: ...

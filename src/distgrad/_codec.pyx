@@ -11,8 +11,10 @@ from distgrad.errors import DistgradError, ProtocolError
 from distgrad.wire._schema import (
     DTYPES,
     TAGS,
+    Bounds,
     configure,
     name_fields,
+    receivable,
     register_exceptions,
     register_record,
     register_type,
@@ -43,6 +45,7 @@ __all__ = [
     "DTYPES",
     "HEADER_FIELDS",
     "TAGS",
+    "Bounds",
     "Frame",
     "Outgoing",
     "configure",
@@ -50,6 +53,7 @@ __all__ = [
     "encode",
     "name_fields",
     "parse",
+    "receivable",
     "register_exceptions",
     "register_record",
     "register_type",
@@ -170,7 +174,7 @@ cdef int write_table(Outgoing message, Writer *w) except -1:
     cdef size_t value_at = RESERVE
     cdef uint64_t nbytes
     cdef size_t i
-    if value_nbytes + table > limits.max_meta_bytes or table > RESERVE - HEADER_NBYTES:
+    if value_nbytes + table > w.limits.max_meta_bytes or table > RESERVE - HEADER_NBYTES:
         grow(w, table)
         value_at = HEADER_NBYTES + table
         memmove(w.start + value_at, w.start + RESERVE, value_nbytes)
@@ -187,10 +191,10 @@ cdef int write_table(Outgoing message, Writer *w) except -1:
     return 0
 
 
-cdef Outgoing encode_message(uint8_t kind, object value, object session):
+cdef Outgoing encode_message(uint8_t kind, object value, object session, BoundsType bounds):
     cdef Writer w
     cdef Outgoing message
-    open_writer(&w, kind, <PyObject *>session)
+    open_writer(&w, kind, <PyObject *>session, bounds)
     try:
         write_value(&w, value)
         message = Outgoing.__new__(Outgoing)
@@ -203,7 +207,7 @@ cdef Outgoing encode_message(uint8_t kind, object value, object session):
 
 def encode(
     uint8_t kind, value, session=None, *, uint64_t request_id=0, uint64_t chain=0,
-    uint64_t deadline_us=0, uint64_t context_id=0, uint64_t message_id=0,
+    uint64_t deadline_us=0, uint64_t context_id=0, uint64_t message_id=0, BoundsType bounds=None,
 ):
     """Encode one value as a message.
 
@@ -220,6 +224,8 @@ def encode(
         Header fields; 0 means none.
     deadline_us
         What is left of the deadline in µs, 0 for none; saturates at 71 minutes.
+    bounds
+        Limits of the receiver, which hold besides those of this process.
 
     Raises
     ------
@@ -227,7 +233,7 @@ def encode(
         Some part of the value cannot be sent, contains itself, or exceeds a limit; the
         message names the path to it.
     """
-    cdef Outgoing message = encode_message(kind, value, session)
+    cdef Outgoing message = encode_message(kind, value, session, bounds)
     message.request_id = request_id
     message.chain = chain
     message.deadline_us = deadline_us

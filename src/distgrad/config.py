@@ -1,7 +1,10 @@
 """The settings of distgrad: one dataclass, one environment variable a field.
 
-``config`` is read when it is used, so a change takes effect at once. An environment
-variable ``DISTGRAD_<FIELD>`` overrides the default of each field at import.
+``config`` is read when it is used, so a change takes effect at once, but for fields that say
+otherwise. The limits of messages are among those: ``init_rpc`` reads them and tells the other
+workers, which keep within them as long as this one lives. They are limits of the process, so
+``init_rpc`` of a second worker in it reads them again for both. An environment variable
+``DISTGRAD_<FIELD>`` overrides the default of each field at import.
 
 The fields are attributes of this module as well, so that ``distgrad.config.trace_graph = True``
 means the same however ``config`` was imported.
@@ -30,20 +33,21 @@ class Config:
     spin_us: float = 200.0
     #: How long an idle thread lets the poll role lie free before it takes over (µs).
     grace_us: float = 200.0
-    #: Default deadline of a call.
+    #: Default deadline of a call. `RpcBackendOptions` reads it when they are made.
     rpc_timeout: float = 60.0
     #: How long a worker waits at start for the rest of the world.
     rendezvous_timeout: float = 60.0
     #: How long a connection may take to prove who it is.
     handshake_timeout: float = 5.0
     #: How often a worker asks whether the process of a peer still runs; 0 for never. A peer that
-    #: stays silent for three times as long is lost.
+    #: stays silent for three times as long is lost. Read as ``rpc_timeout`` is.
     heartbeat_interval: float = 4.0
-    #: How long a peer may take nothing of what a thread waits to send it; then it is lost.
+    #: How long a peer may take nothing of what a thread waits to send it; then it is lost. The
+    #: kernel's own watch over a TCP connection reads it when that is made.
     stall_timeout: float = 60.0
     #: Connections that may be unauthenticated at one time, a listener.
     max_half_open: int = 64
-    #: Deepest nesting of values in a message.
+    #: Deepest nesting of values in a message. This and the next five are read by ``init_rpc``.
     max_depth: int = 64
     #: Largest message without its arrays.
     max_meta_bytes: int = 16 * 2**20
@@ -53,18 +57,18 @@ class Config:
     max_items: int = 1_000_000
     #: Most out-of-band arrays in one message.
     max_buffers: int = 1024
+    #: Arrays up to this size travel inside the message's metadata.
+    inline_array_bytes: int = 2048
     #: Memory, about, that requests of one peer may take up here before they are answered;
     #: more are refused. A worker reads this at its start.
     max_peer_bytes: int = 2**30
-    #: Arrays up to this size travel inside the message's metadata.
-    inline_array_bytes: int = 2048
     #: Idle receive buffers that are kept warm.
     pool_bytes: int = 256 * 2**20
-    #: Whether workers on one host send through shared memory.
+    #: Whether workers on one host send through shared memory, on connections made from now on.
     shared_memory: bool = True
     #: How deep calls nested in one chain may run on the stack of the waiting thread.
     inline_depth: int = 16
-    #: Most serving threads of a worker.
+    #: Most serving threads of a worker. Read by ``init_rpc``.
     max_serving_threads: int = 1024
     #: How long a released context's id is remembered.
     tombstone_s: float = 600.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+import re
 import sys
 import tracemalloc
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from wire_values import frame_of, frame_with, round_trip, whole
 
 from distgrad import _codec
-from distgrad._codec import Frame, Outgoing, configure, decode, encode, parse
+from distgrad._codec import Bounds, Frame, Outgoing, configure, decode, encode, parse
 from distgrad.errors import ProtocolError, SerializationError
 
 FIELDS = {name: (offset, size) for name, offset, size in _codec.HEADER_FIELDS}
@@ -246,6 +247,50 @@ def test_codec_nested_containers_cannot_promise_the_same_bytes_twice() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10_000_000
+
+
+@pytest.mark.parametrize(
+    ("value", "told", "message"),
+    [
+        ([[[]]], [2], r"deeper than 2 levels, the limit of worker 'b'$"),
+        ("x" * 5000, [64, 4000], r"exceeds 4000 bytes, the limit of worker 'b': it has 50\d\d or"),
+        (
+            np.ones(5000),
+            [64, 4000, 999],
+            r"exceed 999 bytes, the limit .*: they have 40000 or more",
+        ),
+        ([0] * 5, [64, 4000, 999, 4], "5 elements, 4 are allowed, the limit of worker 'b'"),
+        (np.ones((5, 0)), [64, 4000, 999, 4], "5 items .*, 4 are allowed, the limit of worker 'b'"),
+        (
+            [np.ones(300), np.ones(301)],
+            [64, 4000, 9999, 4, 1],
+            "more than 1 large .* worker 'b'",
+        ),
+    ],
+    ids=lambda part: f"{part!r:.20}",
+)
+def test_codec_bounds_of_the_receiver_hold_besides_the_limits(
+    value: object, told: list[int], message: str
+) -> None:
+    with pytest.raises(SerializationError) as caught:
+        encode(1, value, bounds=Bounds("b", told))
+    assert re.search(message, caught.value.message)
+    assert re.search(r"raise max_\w+ on worker 'b', before init_rpc", str(caught.value))
+    generous = Bounds("b", [10**9, 2**40, 2**70, 2**40, 2**20, 7, 7])
+    for bounds in (None, generous, Bounds("b", [])):
+        assert whole(encode(1, value, bounds=bounds)) == whole(encode(1, value))
+
+
+def test_codec_bounds_that_are_wider_leave_the_limits() -> None:
+    old = configure(max_items=3)
+    try:
+        with pytest.raises(SerializationError, match=r"3 are allowed\n.*on all workers"):
+            encode(1, [0] * 4, bounds=Bounds("b", [1]))
+        with pytest.raises(SerializationError, match="deeper than 1 levels, the limit of worker"):
+            encode(1, [[0]], bounds=Bounds("b", [1]))
+        assert _codec.receivable() == (*_codec.receivable()[:3], 3, old["max_buffers"])
+    finally:
+        configure(**old)
 
 
 def test_codec_limits_hold_for_sender_and_receiver() -> None:

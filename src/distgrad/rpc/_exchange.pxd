@@ -85,6 +85,7 @@ cdef class Exchange:
     cdef readonly dict owed        # (peer, request id) -> request whose answer comes later
     cdef readonly dict unsent      # connection -> bytes without arrays that wait to be sent
     cdef int num_workers           # workers of the world
+    cdef list bounds               # what each of them takes, by id
     cdef Ledger ledger             # what requests take up
     cdef uint64_t last_id          # made by new_id; 16 bits worker, 48 counter
     cdef bint settled              # the event at hand has had its effect: it must not come again

@@ -29,6 +29,7 @@ from distgrad.graph._node cimport TensorBase, grad_enabled, grad_mode
 from distgrad.rpc._activity cimport Activity, current_activity, enter_activity
 from distgrad.rpc._crew cimport CrewCore, Job
 from distgrad.rpc._future cimport IS_DONE, IS_FAILED, Future, PendingRequests, RpcFuture
+from distgrad.wire._schema cimport Bounds
 
 from distgrad.config import config
 from distgrad.errors import (
@@ -229,6 +230,11 @@ cdef class Handling:
         self.charged = not inline or kind is RemoteCall     # which leaves a task behind
 
 
+cdef inline Bounds bounds_of(Exchange exchange, int peer):
+    """Return what a worker takes; None for one that this world has not."""
+    return <Bounds>exchange.bounds[peer] if 0 <= peer < exchange.num_workers else None
+
+
 cdef class Exchange:
     """Sends requests and answers, and takes in what the poller of a worker returns.
 
@@ -247,6 +253,7 @@ cdef class Exchange:
         self.owed = {}
         self.ids = {info.name: info.id for info in worker.world.infos}
         self.num_workers = len(self.ids)
+        self.bounds = [Bounds(member.name, member.limits) for member in worker.world.members]
         self.ledger = Ledger(self.num_workers, config.max_peer_bytes)
         self.last_id = <uint64_t>worker.id << 48
 
@@ -307,7 +314,7 @@ cdef class Exchange:
         future.timeout = timeout
         future.deadline = INFINITY
         try:
-            message = encode_message(kind, body, session)
+            message = encode_message(kind, body, session, bounds_of(self, to))
             connection = self.route(to)
             self.compose(future, message, session)
         except BaseException:
@@ -455,7 +462,7 @@ cdef class Exchange:
         cdef Session session = new_session(self.worker, to)
         cdef Outgoing outgoing
         try:
-            outgoing = encode_message(_codes[type(message)], message, session)
+            outgoing = encode_message(_codes[type(message)], message, session, bounds_of(self, to))
             outgoing.context_id = context_id
             self.transmit(self.route(to), outgoing)
         except Exception:
@@ -474,7 +481,7 @@ cdef class Exchange:
         cdef Session session = new_session(self.worker, to)
         cdef Outgoing message
         try:
-            message = encode_message(REPLY, (value,), session)
+            message = encode_message(REPLY, (value,), session, bounds_of(self, to))
             hook = self.hook
             if hook is not None and session.tensors:
                 message.context_id, message.message_id = hook.outgoing(
@@ -496,7 +503,7 @@ cdef class Exchange:
 
     def reply_with(self, int to, request_id, uint8_t kind, tuple body not None):
         """Answer a request with a message of another kind than `Reply`."""
-        cdef Outgoing message = encode_message(kind, body, None)
+        cdef Outgoing message = encode_message(kind, body, None, bounds_of(self, to))
         message.request_id = request_id
         message.overtakes = kind == ERROR
         self.handled += 1

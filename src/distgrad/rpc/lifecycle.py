@@ -80,7 +80,6 @@ def init_rpc(
         raise TypeError(f"cannot use rpc_backend_options={options!r}: expected RpcBackendOptions")
     place = rendezvous.find_place(options.init_method, rank, world_size, os.environ)
     name = name or detect(os.environ).name or f"worker{place.rank}"
-    apply_limits()
     _make_room(place.world_size)
     meeting = rendezvous.meet(place, options)
     joining = _Joining(options, meeting)
@@ -129,9 +128,8 @@ class _Joining:
         addresses = [by_scheme[scheme].address for scheme in published]
         if self._options.heartbeat_interval > 0:
             self._doors = Doors(published, self._options.host or self._meeting.host)
-        own = rendezvous.new_member(
-            name, self._meeting.place.rank, addresses, self._doors.addresses
-        )
+        rank = self._meeting.place.rank
+        own = rendezvous.new_member(name, rank, addresses, self._doors.addresses, apply_limits())
         members = self._meeting.exchange(own)
         members[own.id] = own._replace(addresses=(by_scheme["inproc"].address,))
         world = World(members, own.id, self._secret)

@@ -81,8 +81,8 @@ def register_type(
     _codec.register_type(cls, wire_name, lambda obj, session: encode(obj), receive)
 
 
-def apply_limits() -> None:
-    """Hand the limits of `config` to the codec of this process."""
+def apply_limits() -> tuple[int, ...]:
+    """Hand the limits of `config` to the codec of this process; return what others must keep."""
     _codec.configure(
         max_depth=config.max_depth,
         max_meta_bytes=config.max_meta_bytes,
@@ -91,3 +91,4 @@ def apply_limits() -> None:
         max_buffers=config.max_buffers,
         inline_array_bytes=config.inline_array_bytes,
     )
+    return _codec.receivable()

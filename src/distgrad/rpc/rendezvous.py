@@ -265,7 +265,13 @@ def meet(place: Place, options: RpcBackendOptions) -> Meeting:
     return Meeting(place, options.find_secret(), time.monotonic() + config.rendezvous_timeout)
 
 
-def new_member(name: str, rank: int, addresses: list[str], doors: Sequence[str] = ()) -> Member:
+def new_member(
+    name: str,
+    rank: int,
+    addresses: list[str],
+    doors: Sequence[str],
+    limits: Sequence[int],
+) -> Member:
     """Describe this worker to the others, with a fresh incarnation."""
     host = f"{socket.gethostname()}/{_boot_id()}"
     return Member(
@@ -276,11 +282,12 @@ def new_member(name: str, rank: int, addresses: list[str], doors: Sequence[str] 
         f"{host}/{os.getpid()}/{_PROCESS_MARK}",
         tuple(addresses),
         tuple(doors),
+        tuple(limits),
     )
 
 
 def _member(record: Any) -> Member:
-    name, rank, incarnation, host, process, addresses, doors = record
+    name, rank, incarnation, host, process, addresses, doors, limits = record
     return Member(
         check_name(name),
         int(rank),
@@ -289,6 +296,7 @@ def _member(record: Any) -> Member:
         str(process),
         tuple(addresses),
         tuple(doors),
+        tuple(map(int, limits)),
     )
 
 

@@ -24,6 +24,7 @@ class Member(NamedTuple):
     process: str  # the same for workers of one process
     addresses: tuple[str, ...]  # where it listens, the fastest way first
     doors: tuple[str, ...] = ()  # where it says that it runs, see `pulse`
+    limits: tuple[int, ...] = ()  # of the messages that it takes, see `_codec.receivable`
 
 
 class World:

@@ -1,6 +1,7 @@
 """The encoder: a value into a block of bytes and a list of arrays."""
 
 from cpython.object cimport PyObject
+from distgrad.wire._schema cimport Bounds, Limits
 from libc.stdint cimport int32_t, uint8_t, uint32_t
 
 cdef enum:
@@ -33,6 +34,9 @@ cdef struct Writer:
     uint8_t *cursor
     uint8_t *end
     PyObject *session          # borrowed from the caller of encode
+    const Limits *limits       # what the message keeps within
+    PyObject *bounds           # borrowed Bounds of the receiver, where they are tighter; or NULL
+    Limits tightened           # of this process and of the receiver, if limits point here
     PyObject *arrays           # owned list of out-of-band arrays, NULL while there is none
     Py_ssize_t payload_nbytes
     Step *step
@@ -42,8 +46,9 @@ cdef struct Writer:
     Memo memo
 
 
-# Prepare a writer, free what it still owns, and write one value (or a message's fields).
-cdef int open_writer(Writer *w, uint8_t kind, PyObject *session) except -1
+# Prepare a writer, for a receiver with these bounds if they are known (the caller keeps them
+# alive), free what it still owns, and write one value (or a message's fields).
+cdef int open_writer(Writer *w, uint8_t kind, PyObject *session, Bounds bounds) except -1
 cdef void close_writer(Writer *w) noexcept
 cdef int write_value(Writer *w, object value) except -1
 

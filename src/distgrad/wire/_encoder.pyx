@@ -4,7 +4,8 @@
 ``docs/wire-format.md`` has the format. Invariants that the code cites:
 
 1. What the encoder accepts, a decoder with the same limits accepts: both count depth,
-   items, buffers and bytes in the same way.
+   items, buffers and bytes in the same way. ``Writer.limits`` are those of this process and,
+   where they are known, of the receiver, whichever are tighter.
 2. A pointer in the memo is alive (the memo owns a reference), so equal pointers are one
    object. Objects with one reference cannot turn up twice and are not recorded.
 3. Hooks run arbitrary code, so nothing borrowed from a container is used after a hook
@@ -41,7 +42,7 @@ cdef object generic = np.generic
 cdef object StringDType = np.dtypes.StringDType
 
 
-cdef int open_writer(Writer *w, uint8_t kind, PyObject *session) except -1:
+cdef int open_writer(Writer *w, uint8_t kind, PyObject *session, Bounds bounds) except -1:
     w.start = <uint8_t *>malloc(START_NBYTES)
     if w.start == NULL:
         raise MemoryError
@@ -56,7 +57,29 @@ cdef int open_writer(Writer *w, uint8_t kind, PyObject *session) except -1:
     w.kind = kind
     w.memo.entries = w.memo.start
     w.memo.count, w.memo.capacity, w.memo.index = 0, MEMO_START, NULL
+    w.limits = &limits
+    w.bounds = NULL
+    if bounds is not None and is_tighter(&bounds.limits, &limits):
+        w.bounds = <PyObject *>bounds
+        tighten(&w.tightened, &bounds.limits)
+        w.limits = &w.tightened
     return 0
+
+
+cdef inline bint is_tighter(const Limits *a, const Limits *b) noexcept:
+    return (a.max_depth < b.max_depth or a.max_meta_bytes < b.max_meta_bytes
+            or a.max_payload_bytes < b.max_payload_bytes or a.max_items < b.max_items
+            or a.max_buffers < b.max_buffers)
+
+
+cdef void tighten(Limits *to, const Limits *told) noexcept:
+    """Keep what is allowed here and there; what travels inline is for the sender to say."""
+    to.max_depth = min(limits.max_depth, told.max_depth)
+    to.max_meta_bytes = min(limits.max_meta_bytes, told.max_meta_bytes)
+    to.max_payload_bytes = min(limits.max_payload_bytes, told.max_payload_bytes)
+    to.max_items = min(limits.max_items, told.max_items)
+    to.max_buffers = min(limits.max_buffers, told.max_buffers)
+    to.inline_array_bytes = limits.inline_array_bytes
 
 
 cdef void close_writer(Writer *w) noexcept:
@@ -104,13 +127,24 @@ cdef object refusal(Writer *w, str fact, str hint=None):
     return SerializationError(f"cannot send {path_of(w)}: {fact}", hint=hint)
 
 
+cdef object excess(
+    Writer *w, bint own, str setting, str fact, str more="", str instead=""
+):
+    """Return the error for what goes beyond a limit: of this worker, or of the receiver."""
+    owner = "all workers" if own else f"worker {(<Bounds>w.bounds).name!r}"
+    whose = "" if own else f", the limit of {owner}"
+    hint = f"{instead}raise {setting} on {owner}, before init_rpc"
+    return refusal(w, f"{fact}{whose}{more}", hint)
+
+
 cdef int grow(Writer *w, size_t nbytes) except -1:
     cdef size_t used = w.cursor - w.start
     cdef size_t capacity = w.end - w.start
-    if used + nbytes > RESERVE + limits.max_meta_bytes:
-        raise refusal(
-            w, f"the message without its large arrays exceeds {limits.max_meta_bytes} bytes",
-            "raise max_meta_bytes on all workers",
+    if used + nbytes > RESERVE + w.limits.max_meta_bytes:
+        raise excess(
+            w, w.limits.max_meta_bytes == limits.max_meta_bytes, "max_meta_bytes",
+            f"the message without its large arrays exceeds {w.limits.max_meta_bytes} bytes",
+            f": it has {used + nbytes - RESERVE} or more",
         )
     while capacity < used + nbytes:
         capacity *= 2
@@ -355,8 +389,11 @@ cdef int put_str(Writer *w, PyObject *obj) except -1:
 cdef inline int descend(Writer *w) except -1:
     """Count a level of nesting, just as the decoder does (invariant 1)."""
     w.depth += 1
-    if w.depth > limits.max_depth:
-        raise refusal(w, f"it is nested deeper than {limits.max_depth} levels")
+    if w.depth > w.limits.max_depth:
+        raise excess(
+            w, w.limits.max_depth == limits.max_depth, "max_depth",
+            f"it is nested deeper than {w.limits.max_depth} levels",
+        )
     return 0
 
 
@@ -400,9 +437,10 @@ cdef int put_compound(
 
 
 cdef inline int put_count(Writer *w, uint8_t tag, Py_ssize_t count) except -1:
-    if count > limits.max_items:
-        raise refusal(
-            w, f"{count} elements, {limits.max_items} are allowed", "send an array instead"
+    if count > w.limits.max_items:
+        raise excess(
+            w, w.limits.max_items == limits.max_items, "max_items",
+            f"{count} elements, {w.limits.max_items} are allowed", "", "send an array, or ",
         )
     return put_sized(w, tag, count)
 
@@ -585,18 +623,23 @@ cdef int put_array(Writer *w, cnp.ndarray array) except -1:
     cdef uint8_t code = dtype_code(array.descr)
     cdef int ndim = cnp.PyArray_NDIM(array)
     cdef Py_ssize_t nbytes = cnp.PyArray_NBYTES(array)
-    cdef bint inside = nbytes <= limits.inline_array_bytes
+    cdef bint inside = nbytes <= w.limits.inline_array_bytes
     cdef uint8_t order = 0
     cdef size_t gap
     _held = array  # invariant 3
     if code == DESCRIBED and type(array.descr) is StringDType:
         return put_extension(w, array, <Extension>codecs_by_name["strings"])
-    if nbytes == 0 and rows_without_bytes(array) > limits.max_items:
-        raise refusal(w, f"{rows_without_bytes(array):.0f} items without bytes")
-    if not inside and nbytes > <int64_t>limits.max_payload_bytes - w.payload_nbytes:
-        raise refusal(
-            w, f"the arrays exceed {limits.max_payload_bytes} bytes",
-            "raise max_payload_bytes on all workers",
+    if nbytes == 0 and rows_without_bytes(array) > w.limits.max_items:
+        raise excess(
+            w, w.limits.max_items == limits.max_items, "max_items",
+            f"{rows_without_bytes(array):.0f} items without bytes, "
+            f"{w.limits.max_items} are allowed",
+        )
+    if not inside and nbytes > <int64_t>w.limits.max_payload_bytes - w.payload_nbytes:
+        raise excess(
+            w, w.limits.max_payload_bytes == limits.max_payload_bytes, "max_payload_bytes",
+            f"the arrays exceed {w.limits.max_payload_bytes} bytes",
+            f": they have {w.payload_nbytes + nbytes} or more",
         )
     if not cnp.PyArray_IS_C_CONTIGUOUS(array):
         if cnp.PyArray_IS_F_CONTIGUOUS(array):
@@ -629,10 +672,10 @@ cdef int put_buffer(Writer *w, cnp.ndarray array, cnp.npy_intp nbytes) except -1
         Py_INCREF(arrays)
         w.arrays = <PyObject *>arrays
     arrays = <list>w.arrays
-    if len(arrays) >= limits.max_buffers:
-        raise refusal(
-            w, f"more than {limits.max_buffers} large arrays in one message",
-            "join them, or raise max_buffers on all workers",
+    if len(arrays) >= w.limits.max_buffers:
+        raise excess(
+            w, w.limits.max_buffers == limits.max_buffers, "max_buffers",
+            f"more than {w.limits.max_buffers} large arrays in one message", "", "join them, or ",
         )
     flat = cnp.PyArray_SimpleNewFromData(1, &nbytes, cnp.NPY_UINT8, cnp.PyArray_DATA(array))
     cnp.set_array_base(flat, array)

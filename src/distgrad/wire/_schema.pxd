@@ -51,7 +51,7 @@ cdef struct Limits:
     Py_ssize_t inline_array_bytes
 
 
-cdef Limits limits
+cdef Limits limits                   # of this process
 cdef uint8_t code_of_type[64]        # NumPy type number -> dtype code, 0: described
 cdef PyObject *dtype_of_code[32]     # dtype code -> native dtype, or NULL
 cdef bytes ZEROS                     # as many as padding may have
@@ -73,6 +73,13 @@ cdef class Extension:
     cdef readonly object encode      # (obj, session) -> value
     cdef readonly object decode      # (value, session) -> obj
     cdef bint alone                  # the value has no references to what came before
+
+
+cdef class Bounds:
+    """What another worker takes; a message to it keeps within this, and within `limits`."""
+
+    cdef Limits limits
+    cdef readonly str name           # of the worker
 
 
 cdef class Record:

@@ -43,6 +43,14 @@ class Record:
 
 class Unsendable(Exception): ...
 
+@final
+class Bounds:
+    @property
+    def name(self) -> str: ...
+    def __init__(self, name: str, told: Sequence[int]) -> None: ...
+
+def receivable() -> tuple[int, ...]: ...
+
 class _Limits(TypedDict):
     max_depth: int
     max_meta_bytes: int

@@ -27,6 +27,14 @@ cdef extern from "float.h":
 cdef enum:
     DEPTH_CAP = 1000    # a level costs about 500 bytes of C stack
 
+HIGHEST = dict(
+    max_depth=DEPTH_CAP, max_meta_bytes=2**32 - 256, max_payload_bytes=2**62, max_items=2**32 - 1,
+    max_buffers=2**16 - 1, inline_array_bytes=2**31,
+)
+
+# Limits that receivers enforce, in the order in which workers tell each other.
+RECEIVABLE = ("max_depth", "max_meta_bytes", "max_payload_bytes", "max_items", "max_buffers")
+
 TAGS = {
     "int7": 0x00, "str5": T_STR5, "none": T_NONE, "false": T_FALSE, "true": T_TRUE,
     "i64": T_I64, "bigint": T_BIGINT, "f64": T_F64, "complex": T_COMPLEX, "str": T_STR,
@@ -83,14 +91,36 @@ def configure(
         max_payload_bytes=max_payload_bytes, max_buffers=max_buffers,
         inline_array_bytes=inline_array_bytes,
     ).items() if value is not None}
-    highest = dict(max_depth=DEPTH_CAP, max_meta_bytes=2**32 - 256, max_buffers=2**16 - 1,
-                   max_payload_bytes=2**62, max_items=2**32 - 1, inline_array_bytes=2**31)
     for name, value in new.items():
-        if not 0 <= value <= highest[name]:
-            raise ValueError(f"cannot set {name} to {value}: expected 0 to {highest[name]}")
+        if not 0 <= value <= HIGHEST[name]:
+            raise ValueError(f"cannot set {name} to {value}: expected 0 to {HIGHEST[name]}")
     global limits
     limits = old | new
     return old
+
+
+@cython.final
+cdef class Bounds:
+    """What a worker takes, as it has told the others.
+
+    Parameters
+    ----------
+    name
+        Of the worker.
+    told
+        Its limits as `receivable` gives them. One that is missing at the end does not bound.
+    """
+
+    def __init__(self, str name not None, told):
+        known = dict(zip(RECEIVABLE, told, strict=False))
+        self.name = name
+        self.limits = {limit: max(0, min(known.get(limit, highest), highest))
+                       for limit, highest in HIGHEST.items()}
+
+
+def receivable():
+    """Return the limits of what this process takes, in the order of `RECEIVABLE`."""
+    return tuple([dict(limits)[name] for name in RECEIVABLE])
 
 
 # -- dtypes -------------------------------------------------------------------------------
