@@ -363,6 +363,28 @@ def test_worker_that_is_asked_first_while_it_is_stopped_is_lost(monkeypatch):
     assert "no answer" in why
 
 
+def ask_a_stopped_worker_with_little_patience(rank, pid):
+    os.kill(pid, signal.SIGSTOP)
+    array = np.ones(2**20)
+    for arguments in ((1,), (array,)):
+        with pytest.raises(RpcTimeoutError, match=r"call .*twice on worker 'worker1'.* 0\.1 s"):
+            rpc.rpc_sync(1, twice, arguments, timeout=0.1)
+    assert rpc.rpc_async(1, twice, (1,), timeout=0.1).cancel()
+    reference = rpc.remote(1, twice, (1,), timeout=0.1)
+    with pytest.raises(RpcTimeoutError):
+        reference.to_here(timeout=0.1)
+    os.kill(pid, signal.SIGCONT)
+    return rpc.rpc_sync(1, twice, (1,), timeout=50)
+
+
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_time_of_a_call_is_over_although_the_first_connection_takes_longer(transport, monkeypatch):
+    monkeypatch.setattr(config, "handshake_timeout", 600)  # the test fails before
+    with World(2, transport=transport, heartbeat_interval=0) as world:
+        pid = world.run(own_pid)[1]
+        assert world.run(ask_a_stopped_worker_with_little_patience, pid, ranks=[0]) == [2]
+
+
 def own_pid(rank):
     return os.getpid()
 

@@ -100,7 +100,7 @@ cdef class Exchange:
     cdef bint leave_behind(self, object connection, Outgoing message) except -1
     cdef bint is_unread(self, object connection) except -1
     cdef str unread(self, object connection)
-    cdef object route(self, int peer)
+    cdef object route(self, int peer, double patience_s=*)
     cdef int resolve_id(self, object to) except -1
     cpdef int tell(self, int to, message, context_id=*) except -1
     cpdef submit(self, task, chain=*)

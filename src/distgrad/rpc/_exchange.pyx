@@ -315,17 +315,17 @@ cdef class Exchange:
         future.deadline = INFINITY
         try:
             message = encode_message(kind, body, session, bounds_of(self, to))
-            connection = self.route(to)
+            if timeout > 0.0:
+                future.deadline = now_s() + timeout
+            connection = self.route(to, timeout if timeout > 0.0 else INFINITY)
             self.compose(future, message, session)
         except BaseException:
             session.drop()
             raise
-        # In the table before its deadline is set: a tick looks through it.
+        # In the table before a tick is asked for, which looks through it.
         self.pending.requests[future.request_id] = future
-        if timeout > 0.0:
-            future.deadline = now_s() + timeout
-            if future.deadline < self.crew.wake_at:
-                self.tick_by(future.deadline)
+        if future.deadline < self.crew.wake_at:
+            self.tick_by(future.deadline)
         self.issued += 1
         try:
             self.transmit(connection, message, future.deadline)
@@ -436,10 +436,10 @@ cdef class Exchange:
     cdef bint is_unread(self, object connection) except -1:
         return <uint64_t>connection.waiting() > self.ledger.most // REQUEST_NBYTES
 
-    cdef object route(self, int peer):
+    cdef object route(self, int peer, double patience_s=INFINITY):
         """Return the connection for sending to a peer; connects on first use."""
         connection = self.routes.get(peer)
-        return connection if connection is not None else self.links.to(peer)
+        return connection if connection is not None else self.links.to(peer, patience_s)
 
     def send(self, connection, Outgoing message not None):
         """Send a message; waits while the kernel is full, unless this thread polls.

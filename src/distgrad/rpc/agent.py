@@ -92,7 +92,7 @@ class Agent(Exchange):
             return
         self._doubt(future)
         with contextlib.suppress(TransportError):
-            connection = self.links.to(future.peer)
+            connection = self.links.to(future.peer, 0.0)
             connection.send(_codec.encode(_CANCEL, (), None, request_id=future.request_id))
 
     # --- what arrives ---------------------------------------------------------------------

@@ -22,16 +22,10 @@ class Detour:
     ----------
     peer
         Id of the worker.
-
-    Attributes
-    ----------
-    is_long
-        Whether the peer has left a handshake unanswered, so that nobody should wait for it.
     """
 
     def __init__(self, peer: int) -> None:
         self.peer = peer
-        self.is_long = False
         self._lock = threading.Lock()
         self._messages: list[Outgoing] = []
         self._connection: Connection | None = None

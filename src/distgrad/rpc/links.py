@@ -11,6 +11,7 @@ Invariants
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,7 @@ __all__ = ["Links"]
 
 _TIDY_AFTER_S = 0.2
 _MOST_EACH = 4  # connections of one peer; an honest one makes one, and again what it gave up
+_MOST_STEPS = 4  # of a connection that can take a handshake_timeout: two addresses, two doors
 _AT_ONCE = "its connection closed as soon as it was made"
 
 
@@ -95,12 +97,13 @@ class Links:
             self._adopt(connection, peer)
         return peer
 
-    def to(self, peer: int) -> Connection | Detour:
+    def to(self, peer: int, patience_s: float = math.inf) -> Connection | Detour:
         """Return the connection for sending to a peer; connects on first use.
 
         On the thread that polls, this does not block: what it returns keeps messages until
-        there is a connection. The same goes for other threads once the peer has not answered
-        for ``config.handshake_timeout``, although its process runs.
+        there is a connection. The same goes for threads that have less patience than it may
+        take to find out about a peer that does not answer, and from then on for all others;
+        and once the peer has not answered for ``config.handshake_timeout``, although it runs.
 
         Raises
         ------
@@ -110,15 +113,15 @@ class Links:
         connection = self.routes.get(peer)
         if connection is not None:
             return connection
-        detour = self._detours.get(peer)
-        if self._polls_here() or (detour is not None and detour.is_long):
+        longest_s = _MOST_STEPS * config.handshake_timeout
+        if peer in self._detours or patience_s < longest_s or self._polls_here():
             return self._detour(peer)
         try:
             return self._connect(peer)
         except NoAnswer:
-            return self._detour(peer, is_long=True)
+            return self._detour(peer)
 
-    def _detour(self, peer: int, is_long: bool = False) -> Connection | Detour:
+    def _detour(self, peer: int) -> Connection | Detour:
         self._refuse_lost(peer)
         with self._adopting:
             connection = self.routes.get(peer)
@@ -130,7 +133,6 @@ class Links:
                 threading.Thread(
                     target=self._end_detour, args=(detour,), name="distgrad-connects", daemon=True
                 ).start()
-            detour.is_long |= is_long
             return detour
 
     def _end_detour(self, detour: Detour) -> None:
@@ -139,7 +141,7 @@ class Links:
                 self._make(detour.peer)
                 return
             except NoAnswer:
-                detour.is_long = True
+                continue
             except Exception as error:  # whatever it is, the peer is out of reach
                 self._lose(detour.peer, str(error))
                 return
