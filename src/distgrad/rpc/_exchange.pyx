@@ -44,6 +44,7 @@ from distgrad.errors import (
 from distgrad.message import KINDS, Call, Error, RemoteCall, Reply, code_of
 from distgrad.rpc import exposure, functions, options
 from distgrad.rpc.activity import current_worker
+from distgrad.rpc.failures import is_interrupt
 from distgrad.rpc.future import Running
 
 cimport cython
@@ -730,7 +731,7 @@ cdef class Served(Charged):
                 raise
             self.discharge()
             exchange.reply_error(self.peer, frame.request_id, error)
-            if not isinstance(error, Exception):
+            if is_interrupt(error):
                 raise
         return 0
 

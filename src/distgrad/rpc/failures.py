@@ -9,6 +9,7 @@ only the constructor of the builtin that it derives from, which is C.
 from __future__ import annotations
 
 import builtins
+import threading
 import traceback
 from typing import Any
 
@@ -17,7 +18,7 @@ from distgrad.errors import BackwardError, DistgradError, RemoteError
 from distgrad.message import Error, code_of
 from distgrad.rpc.exposure import known_class
 
-__all__ = ["bare", "describe", "rebuild"]
+__all__ = ["bare", "contain", "describe", "is_interrupt", "rebuild"]
 
 _PLAIN = (str, int, float, bool, bytes, type(None))
 _ERROR = code_of(Error)
@@ -31,6 +32,28 @@ _KEPT_APART: dict[type[BaseException], tuple[str, ...]] = {
 }
 _CAUSE = "cause"  # of a pass that failed; other causes are in the traceback alone
 _MOST_TEXT = 10_000  # characters of what is sent after something longer could not be
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether an exception may be Ctrl-C, which is for this thread and not for a caller alone.
+
+    Everything else that a function raises while it serves a call is its failure: SystemExit
+    ends neither the thread that happens to serve nor the program.
+    """
+    return (
+        isinstance(error, KeyboardInterrupt)
+        and threading.current_thread() is threading.main_thread()
+    )
+
+
+def contain(error: BaseException, worker_name: str) -> Exception:
+    """Return the failure of a served function as what may be raised where its value is used."""
+    if isinstance(error, Exception):
+        return error
+    type_name = f"{type(error).__module__}:{type(error).__qualname__}"
+    failure = _unknown(type_name, f" on worker {worker_name!r}", _first_words(error))
+    failure.__cause__ = error
+    return failure
 
 
 def describe(error: BaseException, worker_name: str) -> Error:
@@ -179,9 +202,10 @@ def _from_wire(described: Any) -> BaseException | None:
 
 
 def _unknown(type_name: str, where: str, text: str) -> RemoteError:
+    hint = "expose the exception's class on both sides to catch it by its own type"
     return RemoteError(
         f"{type_name.replace(':', '.')}{where}: {text}",
-        hint="expose the exception's class on both sides to catch it by its own type",
+        hint=None if type_name.startswith("builtins:") else hint,
     )
 
 

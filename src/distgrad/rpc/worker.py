@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Any
@@ -21,6 +22,8 @@ from distgrad.rpc.world import World
 from distgrad.transport._poller import Poller
 
 __all__ = ["Worker"]
+
+_log = logging.getLogger("distgrad")
 
 
 class Worker:
@@ -171,7 +174,13 @@ class Worker:
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    stopped = False
     try:
-        loop.run_forever()
+        while not stopped:
+            try:
+                loop.run_forever()
+                stopped = True
+            except (KeyboardInterrupt, SystemExit):  # of one task; asyncio lets it end all others
+                _log.info("a task on the event loop raised", exc_info=True)
     finally:
         loop.close()

@@ -17,6 +17,7 @@ from distgrad.message import (
 )
 from distgrad.rpc import Future, Worker
 from distgrad.rpc._exchange import enter_call
+from distgrad.rpc.failures import contain, is_interrupt
 from distgrad.rref.rref import run_backward
 from distgrad.rref.table import Cell, RRefTable
 
@@ -78,8 +79,8 @@ def _create(
         enter_call(worker.agent, frame)
         value = worker.call_function(worker.exposure.resolve(function), args, kwargs)
     except BaseException as error:
-        cell.value.set_exception(error)
-        if not isinstance(error, Exception):
+        cell.value.set_exception(contain(error, worker.name))
+        if is_interrupt(error):
             raise
     else:
         _forward(value, cell.value)
@@ -115,8 +116,10 @@ def _with_value(cell: Cell, action: Callable[[Any], Any]) -> Any:
     def act(value: Future) -> None:
         try:
             _forward(action(value.wait()), outcome)
-        except Exception as error:
+        except BaseException as error:
             outcome.set_exception(error)
+            if is_interrupt(error):
+                raise
 
     cell.value.add_done_callback(act)
     return outcome
