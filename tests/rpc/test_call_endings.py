@@ -276,3 +276,102 @@ def long_timeouts(rank):
 def test_deadline_too_far_away_to_be_told_is_not_told_as_a_nearer_one():
     with World(2) as world:
         world.run(long_timeouts)
+
+
+class Grave(BaseException):
+    """Not an Exception, and known to one side only as a name."""
+
+
+GRAVE = {kind.__name__: kind for kind in (KeyboardInterrupt, SystemExit, GeneratorExit, Grave)}
+
+
+@rpc.expose
+def raise_grave(kind):
+    raise GRAVE[kind]("at the callee")
+
+
+@rpc.expose
+@rpc.functions.async_execution
+def raise_grave_later(kind):
+    me = rpc.get_worker_info()
+    return rpc.rpc_async(me, answer_from_a_coroutine).then(lambda _: raise_grave(kind))
+
+
+@rpc.expose
+async def raise_grave_in_a_coroutine(kind):
+    raise_grave(kind)
+
+
+@rpc.expose
+async def answer_from_a_coroutine():
+    return "still here"
+
+
+@rpc.expose
+class Thrower:
+    def raise_grave(self, kind):
+        raise_grave(kind)
+
+
+@rpc.expose
+def make_thrower_when_told():
+    assert gate.wait(30)
+    return Thrower()
+
+
+def ask_for_grave(to, kind):
+    """Yield what raises an exception of a kind on a worker, in all ways."""
+    for function in (raise_grave, raise_grave_later, raise_grave_in_a_coroutine):
+        yield lambda: rpc.rpc_sync(to, function, (kind,), timeout=20)  # noqa: B023
+    yield rpc.remote(to, raise_grave, (kind,)).to_here
+    gate.clear()
+    thrower = rpc.remote(to, make_thrower_when_told)
+    waiting = thrower.rpc_async().raise_grave(kind)
+    gate.set()
+    yield waiting.wait
+    yield lambda: thrower.rpc_sync().raise_grave(kind)
+
+
+def provoke(rank, kind):
+    told = []
+    for to in (1, 0):  # to oneself as well
+        for ask in ask_for_grave(to, kind):
+            with pytest.raises(RemoteError) as caught:
+                ask()
+            told.append(str(caught.value))
+        assert rpc.rpc_sync(to, answer_from_a_coroutine, timeout=20) == "still here"
+    return told
+
+
+@pytest.mark.parametrize("kind", GRAVE)
+def test_exception_that_would_end_a_thread_fails_the_call_alone(kind, monkeypatch):
+    ended = []
+    monkeypatch.setattr(threading, "excepthook", ended.append)
+    with World(2) as world:
+        (told,) = world.run(provoke, kind, ranks=[0])
+    assert ended == []
+    assert len(told) == 12
+    assert all(f".{kind} on worker" in text for text in told)
+
+
+@rpc.expose
+def ask_back(kind):
+    return rpc.rpc_sync(0, raise_grave, (kind,))
+
+
+def provoke_on_the_thread_that_waits(rank, kind):
+    """A call of the same chain runs on the stack of the main thread, which waits here."""
+    try:
+        rpc.rpc_sync(1, ask_back, (kind,), timeout=20)
+    except RemoteError as error:
+        return " <- ".join(error.workers)
+    except BaseException as error:
+        return type(error).__name__
+
+
+@pytest.mark.parametrize("kind", GRAVE)
+def test_exception_that_would_end_the_program_does_not_unless_it_is_an_interrupt(kind):
+    with World(2, transport="unix") as world:
+        (outcome,) = world.run(provoke_on_the_thread_that_waits, kind, ranks=[0])
+    expected = "KeyboardInterrupt" if kind == "KeyboardInterrupt" else "worker0 <- worker1"
+    assert outcome == expected
