@@ -112,6 +112,21 @@ def test_wait_all_and_collect_all_keep_order():
     assert collect_all([]).wait(1) == []
 
 
+@pytest.mark.parametrize("gather", [wait_all, collect_all])
+@pytest.mark.parametrize(
+    ("futures", "fact"),
+    [
+        ([1], r"futures\[0\] is int, not a Future"),
+        ([Future(), None], r"futures\[1\] is NoneType, not a Future"),
+        (Future(), "of type Future: expected a list of futures"),
+        (7, "of type int: expected a list of futures"),
+    ],
+)
+def test_gathering_what_is_no_future_is_refused_at_once(gather, futures, fact):
+    with pytest.raises(TypeError, match=f"cannot {gather.__name__} futures.*{fact}"):
+        gather(futures)
+
+
 def test_collect_all_fails_as_soon_as_one_does():
     futures = [Future() for _ in range(3)]
     gathered = collect_all(futures)

@@ -21,7 +21,7 @@ def wait_all(futures: Iterable[Future], timeout: float | None = None) -> list[An
     The first failure in that order raises, without waiting for the futures behind it; how
     those end needs nobody to look.
     """
-    members = list(futures)
+    members = _checked(futures, "wait_all")
     deadline = None if timeout is None else time.monotonic() + timeout
     values = []
     for future in members:
@@ -36,13 +36,26 @@ def wait_all(futures: Iterable[Future], timeout: float | None = None) -> list[An
     return values
 
 
+def _checked(futures: Iterable[Future], what: str) -> list[Future]:
+    if isinstance(futures, Future) or not isinstance(futures, Iterable):
+        kind = type(futures).__name__
+        raise TypeError(f"cannot {what} futures of type {kind}: expected a list of futures")
+    members = list(futures)
+    for i, member in enumerate(members):
+        if not isinstance(member, Future):
+            raise TypeError(
+                f"cannot {what} futures: futures[{i}] is {type(member).__name__}, not a Future"
+            )
+    return members
+
+
 def collect_all(futures: Iterable[Future]) -> Future:
     """Return a future of the list of futures, complete when all of them are.
 
     It fails as soon as one of them does, and as that one did; how the others end needs
     nobody to look.
     """
-    members = list(futures)
+    members = _checked(futures, "collect_all")
     gathered = Future()
 
     def one_done(member: Future) -> None:
