@@ -143,5 +143,5 @@ def test_codec_strings_by_reference_are_refused() -> None:
     ref = b"\xad" + at.to_bytes(4, "little")
     assert decode(frame_with(bytes(shared) + ref))[1].shape == (0,)
     strings = b"\xc8\x87strings\xc0\x04\0\0\0" + ref + ref + b"\xc0\0\0\0\0\xa2"
-    with pytest.raises(ProtocolError, match="a reference to a value without identity"):
+    with pytest.raises(ProtocolError, match="a reference inside a value that stands alone"):
         decode(frame_with(bytes(shared) + strings))

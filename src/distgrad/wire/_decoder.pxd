@@ -13,7 +13,8 @@ cdef struct Reader:
     PyObject *shared           # owned dict, offset -> finished object; NULL while empty
     Py_ssize_t owed            # elements that enclosing containers still wait for
     int depth
-    bint in_key
+    bint in_key                # refs to tensors and registered types only
+    bint alone                 # no refs at all
     uint8_t *payload
     PyObject *payload_view     # borrowed memoryview that keeps the payload alive
     uint64_t payload_nbytes

@@ -176,6 +176,8 @@ cdef object read_ref(Reader *r):
     if value is None:
         raise malformed(f"a reference to offset {offset}, where no shared value ends before")
     kind = r.value[offset] & ~SHARED
+    if r.alone:
+        raise malformed("a reference inside a value that stands alone")
     if r.in_key and kind != T_TENSOR and kind != T_EXTENSION:
         raise malformed("a reference to a value without identity inside a key")
     return value
@@ -335,11 +337,19 @@ cdef object read_codec(Reader *r):
     return codecs_by_name.get(name)
 
 
+cdef object read_alone(Reader *r):
+    cdef bint alone = r.alone
+    r.alone = True
+    value = read_value(r)
+    r.alone = alone
+    return value
+
+
 cdef object read_extension(Reader *r):
     codec = read_codec(r)
     if type(codec) is not Extension:
         raise malformed("a value of a type that is not registered here")
-    value = read_key(r) if (<Extension>codec).alone else read_value(r)
+    value = read_alone(r) if (<Extension>codec).alone else read_value(r)
     return (<Extension>codec).decode(value, <object>r.session)
 
 

@@ -324,8 +324,8 @@ def register_type(cls, name, encode, decode, *, alone=False):
         ``decode(value, session) -> obj``. The value comes from a peer: check it. What it
         raises reaches the receiver as ProtocolError.
     alone
-        Whether the value stands alone, as a key does: no reference to what came before is in it.
-        For a `decode` that copies, which references could make copy one thing many times.
+        Whether the value stands alone: no reference to what came before is in it. For plain
+        values and a `decode` that copies, which references could make copy one thing many times.
 
     Raises
     ------
