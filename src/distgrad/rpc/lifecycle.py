@@ -133,7 +133,7 @@ class _Joining:
         members = self._meeting.exchange(own)
         members[own.id] = own._replace(addresses=(by_scheme["inproc"].address,))
         world = World(members, own.id, self._secret)
-        worker = Worker(world, self._options, exposure, self._poller)
+        worker = Worker(world, self._options, self._poller, exposure)
         worker.agent.links.listeners = self._listeners
         worker.agent.beat(self._doors, self._options.heartbeat_interval)
         worker.extensions["departure"] = Departure(worker)

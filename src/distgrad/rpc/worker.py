@@ -48,7 +48,11 @@ class Worker:
     """
 
     def __init__(
-        self, world: World, options: RpcBackendOptions, exposure: Exposure, poller: Poller
+        self,
+        world: World,
+        options: RpcBackendOptions,
+        poller: Poller,
+        exposure: Exposure | None = None,
     ) -> None:
         self.world = world
         self.name = world.own.name
@@ -58,7 +62,7 @@ class Worker:
         self.extensions: dict[str, Any] = {}
         self.on_lost: list[Callable[[int, Exception], None]] = []
         self.on_close: list[Callable[[], None]] = []
-        self.exposure = exposure
+        self.exposure = exposure or Exposure(self.name, options.expose)
         threads = options.num_worker_threads or max(config.max_serving_threads, 1)
         self.agent = Agent(self, poller, threads)
         self.agent.crew.base_activity = Activity(self)
