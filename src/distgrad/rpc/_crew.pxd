@@ -3,11 +3,24 @@
 from distgrad.rpc._activity cimport Activity
 from distgrad.rpc._future cimport Desk, Future
 from distgrad.rpc._leader cimport Leadership
+from distgrad.transport._poller cimport Poller
+
+
+cdef class CrewCore(Desk)
+
+# Whether a waiting thread sleeps. AWAKE -> ASLEEP -> (READY ->) ROUSED -> AWAKE; asleep and
+# ready threads wake by themselves when their time is over.
+cdef enum Sleep:
+    AWAKE = 0
+    ASLEEP = 1
+    READY = 2       # has a reason to wake, and will be roused by the thread that polls or waits next
+    ROUSED = 3      # its bell was rung
 
 
 cdef class Waiter:
     """A thread that waits for a future."""
 
+    cdef CrewCore crew             # whose future
     cdef object chain              # the chain it waits for; its tasks may run on this thread
     cdef Waiter previous           # who waited for the chain before
     cdef unsigned long thread      # the thread
@@ -16,7 +29,8 @@ cdef class Waiter:
     cdef bint leads                # the role was handed to this thread, or it polls
     cdef bint runs                 # it runs a task given to it, and looks for no other
     cdef bint over                 # it waits no longer
-    cdef object mailbox            # SimpleQueue that wakes it; made when it has to sleep
+    cdef Sleep sleep               # whether it sleeps
+    cdef int bell                  # by which it sleeps, see transport/_wait.h
 
     cpdef wake(self)
 
@@ -29,7 +43,7 @@ cdef class Job:
 
 cdef class CrewCore(Desk):
     cdef readonly str name         # of the worker
-    cdef readonly object poller    # polled by whoever leads
+    cdef readonly Poller poller    # polled by whoever leads
     cdef public Activity base_activity     # what a task that is no Job begins with; or None
     cdef public double wake_at     # when on_tick is due (monotonic s)
     cdef readonly int busy         # tasks that run now
@@ -41,7 +55,10 @@ cdef class CrewCore(Desk):
     cdef bint resident_leads       # a serving thread leads
     cdef list unread               # events that were polled and not taken in; None without
     cdef readonly object backlog   # deque of tasks for serving threads
-    cdef readonly object followers  # deque of Waiter
+    cdef readonly object followers  # deque of Waiter: those that sleep
+    cdef object ready              # deque of those followers and former followers that are READY
+    cdef int num_roused            # how many are ROUSED
+    cdef double stretch_s          # how long a thread takes from being roused to its next wait
     cdef dict innermost            # chain -> the Waiter that may run its tasks
     cdef public bint watched       # a thread watches
     cdef public bint summoned      # or is on its way to
@@ -49,6 +66,9 @@ cdef class CrewCore(Desk):
     cdef Waiter enter(self, object chain)
     cdef int leave(self, Waiter waiter) except -1
     cdef Waiter find(self, object chain)
+    cdef int wait_once(
+        self, Waiter waiter, Future future, double deadline, object connection=*
+    ) except -1
     cdef int exit(self, Waiter waiter) except -1
     cdef int run_own(self, Waiter waiter) except -1
     cdef int lead(
@@ -59,6 +79,14 @@ cdef class CrewCore(Desk):
     cdef int tick(self) except -1
     cdef int follow(self, Waiter waiter, Future future, double deadline) except -1
     cdef bint leads_after_all(self, Waiter waiter) except -1
+    cdef int sleep(self, Waiter waiter, double deadline) except -1
+    cdef int get_up(self, Waiter waiter) except -1
+    cdef bint take_turns(self) except -1
+    cdef bint somebody_comes(self) except -1
+    cdef int note_stretch(self) except -1
+    cdef int rouse_ready(self) except -1
+    cdef int *rouse_later(self, Waiter waiter) noexcept
+    cdef int hand_on(self) except -1
     cdef int unfollow(self, Waiter waiter, bint keep_role) except -1
     cdef int pass_on(self) except -1
     cdef int accept(self, object task, object chain) except -1

@@ -7,14 +7,21 @@ more than everything else a small call does.
 
 C1  One thread polls at a time: the holder of `Leadership`.
 C2  A leader never runs user code: it gives the role up first.
-C3  Whoever gives the role up hands it to a thread that waits, if there is one; otherwise it
-    lies free, and the watcher takes it after the grace period.
+C3  Whoever gives the role up hands it to a thread that waits, if there is one; otherwise, and
+    where threads take turns, it lies free, and the watcher sees to it after the grace period.
 C4  While a task runs on a serving thread, another thread watches or is on its way.
 C5  A task of a chain may run on the thread that waits for that chain: the waiting thread
     could not go on before the task ends, wherever it ran. So tasks that come once the future
     is done go to a serving thread.
 C6  An event that was polled is taken in, even if a signal handler raises meanwhile: what was
     not taken in stays in `unread`, where the next leader finds it.
+C7  Who has a reason to wake is roused after the poll that brought it, not during it: the
+    leader holds the GIL that the other would wait for.
+C8  Where more threads sleep than there are processors, and each that wakes soon waits again,
+    they take turns: a thread that begins to wait polls, unless another was roused and comes
+    to do so; when it sleeps it rouses the next that is ready, and only then. Everything a thread
+    needs is so in the caches of one processor, and a wait costs one switch. If the thread that has
+    the turn does not wait soon, or no watcher could notice that, C3 and C7 hold as ever.
 
 State changes under the GIL. Python runs signal handlers only where compiled code calls out,
 so an exception such as KeyboardInterrupt can come only from a wait or from a callback.
@@ -22,10 +29,11 @@ so an exception such as KeyboardInterrupt can come only from a wait or from a ca
 
 import contextlib
 import logging
-from _queue import Empty, SimpleQueue
 from collections import deque
 
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.contextvars cimport PyContext_Enter, PyContext_Exit, PyContext_New
+from libc.errno cimport EINTR
 from libc.math cimport INFINITY
 
 from distgrad.rpc._activity cimport enter_activity
@@ -38,12 +46,21 @@ cimport cython
 
 cdef extern from "transport/_wait.h":
     double now_s "distgrad_now"() noexcept nogil
+    void ring_bell "distgrad_ring_bell"(int *bell) noexcept nogil
+    int sleep_by_bell "distgrad_sleep_by_bell"(int *bell, double until_s) noexcept nogil
+
+cdef extern from *:
+    """
+    static _Thread_local double distgrad_up_since;
+    """
+    double up_since "distgrad_up_since"    # when this thread was last roused (monotonic s); or 0
 
 cdef extern from "pythread.h" nogil:
     unsigned long PyThread_get_thread_ident()
 
 cdef double LONGEST_S = 3600.0     # of one poll
 cdef double ASLEEP_S = 0.5         # a thread that was to look again at once did not run meanwhile
+cdef double BRISK_S = 100e-6       # of stretches between waits that leave the next time to wait
 
 cdef object _log = logging.getLogger("distgrad")
 
@@ -54,9 +71,14 @@ cdef class Waiter:
     """A thread that waits for a future."""
 
     cpdef wake(self):
-        """Rouse the thread if it sleeps, or when it goes to sleep next."""
-        if self.mailbox is not None:
-            self.mailbox.put(None)
+        """See to it that the thread, if it sleeps, is roused (C7, C8)."""
+        if self.sleep != ASLEEP:
+            return
+        if self.crew.polls_here():
+            self.sleep = READY
+            self.crew.ready.append(self)
+        else:
+            ring_bell(self.crew.rouse_later(self))
 
 
 cdef class Job:
@@ -95,6 +117,7 @@ cdef class CrewCore(Desk):
         self.leadership = Leadership(poller)
         self.backlog = deque()
         self.followers = deque()
+        self.ready = deque()
         self.innermost = {}
 
     @property
@@ -107,6 +130,7 @@ cdef class CrewCore(Desk):
     cdef Waiter enter(self, object chain):
         """Note that this thread begins to wait for a chain; None and 0 are no chain."""
         cdef Waiter waiter = Waiter.__new__(Waiter), previous
+        waiter.crew = self
         waiter.thread = PyThread_get_thread_ident()
         waiter.chain = chain
         if not chain:
@@ -152,14 +176,13 @@ cdef class CrewCore(Desk):
                 hint="start the call with rpc_async there, or call from another thread",
             )
         waiter = self.enter(future.chain)
+        if up_since > 0.0:
+            self.note_stretch()
         try:
             while future._state == IS_PENDING:
                 if self.closed:
                     raise DistgradError(f"cannot wait on worker {self.name!r}: it was shut down")
-                if waiter.leads or self.leadership.try_lead():
-                    self.lead(waiter, future, deadline)
-                else:
-                    self.follow(waiter, future, deadline)
+                self.wait_once(waiter, future, deadline)
                 if future._state != IS_PENDING:
                     break
                 if waiter.tasks is not None:
@@ -169,6 +192,13 @@ cdef class CrewCore(Desk):
         finally:
             self.exit(waiter)
         return 0
+
+    cdef int wait_once(
+        self, Waiter waiter, Future future, double deadline, object connection=None
+    ) except -1:
+        if waiter.leads or (not self.somebody_comes() and self.leadership.try_lead()):
+            return self.lead(waiter, future, deadline, connection)
+        return self.follow(waiter, future, deadline)
 
     cpdef bint polls_here(self) except -1:
         """Whether the calling thread is the leader, in the middle of a poll."""
@@ -188,9 +218,9 @@ cdef class CrewCore(Desk):
             False if the peer has taken nothing for ``config.stall_timeout`` seconds, or the
             deadline has passed.
         """
-        cdef Waiter waiter = Waiter.__new__(Waiter)
+        cdef Waiter waiter = self.enter(None)
         cdef Future sent = Future.__new__(Future)
-        cdef double now = now_s(), before_now, until, since = now
+        cdef double now = now_s(), before_now, since = now
         progress = None
         try:
             while not (connection.flushed() or connection.closed or self.closed):
@@ -203,11 +233,7 @@ cdef class CrewCore(Desk):
                     return False
                 if now >= deadline:
                     return False
-                until = min(now + 0.001, deadline)
-                if waiter.leads or self.leadership.try_lead():
-                    self.lead(waiter, sent, until, connection)
-                else:
-                    self.follow(waiter, sent, until)
+                self.wait_once(waiter, sent, min(now + 0.001, deadline), connection)
         finally:
             self.exit(waiter)
         return True
@@ -247,10 +273,14 @@ cdef class CrewCore(Desk):
         try:
             if self.backlog:        # now that this thread waits, another may serve in its place
                 self.call_hands()
+            self.rouse_ready()
             while future._state == IS_PENDING and not waiter.tasks:
                 self.poll_once(deadline)
                 if self.backlog:
                     self.call_hands()
+                if self.somebody_comes():
+                    break
+                self.rouse_ready()
                 if deadline < INFINITY and now_s() >= deadline:
                     break
                 if connection is not None and connection.flushed():
@@ -260,6 +290,7 @@ cdef class CrewCore(Desk):
             self.awaited = None
             self.leader_thread = 0
             self.pass_on()
+            self.rouse_ready()
         return 0
 
     cdef int lead_resident(self) except -1:
@@ -268,10 +299,12 @@ cdef class CrewCore(Desk):
         try:
             while not self.backlog and not self.followers and not self.closed:
                 self.poll_once(INFINITY)
+                self.rouse_ready()
         finally:
             self.resident_leads = False
             self.leader_thread = 0
-            self.pass_on()
+            self.hand_on()
+            self.rouse_ready()
         return 0
 
     cdef int poll_once(self, double deadline) except -1:
@@ -301,11 +334,10 @@ cdef class CrewCore(Desk):
         return 0
 
     cdef int follow(self, Waiter waiter, Future future, double deadline) except -1:
-        if waiter.mailbox is None:
-            waiter.mailbox = SimpleQueue()
         wake = waiter.wake
+        waiter.sleep = ASLEEP
         if not future.add_waiter(wake):
-            return 0
+            return self.get_up(waiter)
         self.followers.append(waiter)
         try:
             if not waiter.tasks and not self.leads_after_all(waiter):
@@ -313,19 +345,80 @@ cdef class CrewCore(Desk):
                     self.poller.wake()      # it hands the role to the thread that waits
                 elif self.backlog:
                     self.call_hands()       # as in lead
-                if deadline == INFINITY:
-                    waiter.mailbox.get()
-                else:
-                    with contextlib.suppress(Empty):
-                        waiter.mailbox.get(True, max(0.0, deadline - now_s()))
+                self.sleep(waiter, deadline)
         finally:
             future.drop_waiter(wake)
             self.unfollow(waiter, False)
+            self.get_up(waiter)
         return 0
+
+    cdef int sleep(self, Waiter waiter, double deadline) except -1:
+        """Sleep until roused, or the time is over; rouse the next that is ready."""
+        cdef Waiter following
+        cdef int *next_bell = NULL
+        cdef int code
+        self.rouse_ready()
+        if self.ready:
+            following = self.ready.popleft()
+            next_bell = self.rouse_later(following)
+        while True:
+            with nogil:
+                if next_bell != NULL:       # now that the GIL is free for it
+                    ring_bell(next_bell)
+                code = sleep_by_bell(&waiter.bell, deadline)
+            if code != EINTR:
+                return 0
+            next_bell = NULL
+            PyErr_CheckSignals()
+
+    cdef int get_up(self, Waiter waiter) except -1:
+        global up_since
+        if waiter.sleep == ROUSED:
+            self.num_roused -= 1
+            up_since = now_s()
+        elif waiter.sleep == READY:
+            self.ready.remove(waiter)
+        waiter.sleep = AWAKE
+        waiter.bell = 0
+        return self.rouse_ready()
+
+    # --- turns ---------------------------------------------------------------------------
+
+    cdef bint take_turns(self) except -1:
+        """Whether C8 holds now."""
+        return (
+            len(self.followers) >= self.poller.cpus and self.watched and self.stretch_s < BRISK_S
+        )
+
+    cdef bint somebody_comes(self) except -1:
+        """Whether the calling thread, if it waits, is to sleep: another will poll."""
+        return (self.num_roused > 0 or len(self.ready) > 0) and self.take_turns()
+
+    cdef int note_stretch(self) except -1:
+        """Take in how long this thread did something else between two waits."""
+        global up_since
+        cdef double stretch_s = min(now_s() - up_since, 2.0 * BRISK_S)
+        up_since = 0.0
+        self.stretch_s += 0.25 * (stretch_s - self.stretch_s)
+        return 0
+
+    cdef int rouse_ready(self) except -1:
+        """Rouse all that are ready, unless each is roused when its turn comes."""
+        if self.ready and not self.take_turns():
+            while self.ready:
+                ring_bell(self.rouse_later(self.ready.popleft()))
+        return 0
+
+    cdef int *rouse_later(self, Waiter waiter) noexcept:
+        """Note that a thread is roused; return the bell to be rung for it."""
+        waiter.sleep = ROUSED
+        self.num_roused += 1
+        self.leadership.excuse()
+        return &waiter.bell
 
     cdef bint leads_after_all(self, Waiter waiter) except -1:
         # The leader may have left between our try and our entry among the followers.
-        if not self.leadership.try_lead():
+        if self.somebody_comes() or not self.leadership.try_lead():
             return False
         self.unfollow(waiter, True)
         return True
@@ -340,13 +433,23 @@ cdef class CrewCore(Desk):
         return 0
 
     cdef int pass_on(self) except -1:
-        cdef Waiter heir
-        if self.followers:
-            heir = self.followers.popleft()
-            heir.leads = True
-            heir.wake()
-        else:
+        """Give the role up, to somebody or, where threads take turns, nobody (C3)."""
+        if self.take_turns():
             self.leadership.leave()
+            return 0
+        return self.hand_on()
+
+    cdef int hand_on(self) except -1:
+        cdef Waiter heir
+        if not self.followers:
+            self.leadership.leave()
+            return 0
+        heir = self.followers.popleft()
+        heir.leads = True
+        if heir.sleep == READY:
+            self.ready.remove(heir)
+        if heir.sleep != ROUSED:
+            ring_bell(self.rouse_later(heir))
         return 0
 
     # --- tasks -----------------------------------------------------------------------------
@@ -372,8 +475,7 @@ cdef class CrewCore(Desk):
         if waiter.over:             # it left meanwhile
             return self.enqueue(task)
         waiter.tasks.append(task)
-        if waiter.mailbox is not None:
-            waiter.wake()
+        waiter.wake()
         if waiter.leads and self.leader_thread != PyThread_get_thread_ident():
             self.poller.wake()
         return 0
@@ -454,6 +556,9 @@ cdef class CrewCore(Desk):
             task = self.take()
             if task is not None:
                 self.ensure_watcher()
+                if self.followers and self.leadership.try_lead():
+                    self.hand_on()      # nobody watches now
+                self.rouse_ready()
                 self.run(task)
                 task = None
             elif self.leadership.try_lead():

@@ -26,12 +26,13 @@ cdef class Leadership:
         volatile int dormant         # the watcher sleeps without a time limit
         volatile int rung            # the bell was rung for work, not for a change of leader
         volatile int closed          # no more watching
-        volatile unsigned long epoch  # times the role was taken; tells a tick that it was in use
+        volatile unsigned long epoch  # grows when the role is taken; tells a tick that all is well
         public volatile int work     # tasks wait for a serving thread
         public unsigned long taken   # tasks taken so far; tells a tick that they move on
 
     cpdef bint try_lead(self) noexcept
     cpdef void leave(self) noexcept
+    cdef void excuse(self) noexcept
     cpdef void ring(self) noexcept
     cdef int _tick(self, double grace_s) noexcept nogil
     cdef void _sleep(self) noexcept nogil

@@ -60,6 +60,10 @@ cdef class Leadership:
             self.dormant = 0
             sem_post(&self.bell)
 
+    cdef void excuse(self) noexcept:
+        """Let the role lie free for another grace period: a thread is about to take it."""
+        self.epoch += 1
+
     cpdef void ring(self) noexcept:
         """Wake the watcher: there is work for it."""
         self.rung = 1

@@ -67,9 +67,10 @@ cdef extern from "pythread.h" nogil:
 
 cdef double CROWDED_S = 2e-6           # a yield longer than this gave the processor away
 cdef double BUSY_S = 1e-3              # same, to somebody who computes: no peer that answers
-cdef double CALM_S = 0.5e-3            # how long nobody spins then,
-cdef double LONGEST_CALM_S = 0.1       # and at most, if it happens again and again:
-cdef double SOON_S = 50e-3             # this soon after the last time
+cdef double CALM_S = 20e-6             # how long nobody spins then: once, for the start,
+cdef double LONGEST_CALM_S = 0.1       # and at most, if spinning hardly ever pays
+cdef double DISMAY = 4.0               # how much longer after every such yield;
+cdef double COMFORT = 0.5              # how much shorter after every spin that paid
 cdef double LONGEST_S = 3600.0         # of one epoll_wait
 cdef double SIGNAL_SLICE_S = 0.2       # same in the main thread, where signals are looked for
 cdef Py_ssize_t NOTHING = -EAGAIN      # nothing to read now
@@ -341,6 +342,7 @@ cdef class Poller:
             if self.spin_round(hot, has_hot):
                 if now - start <= self.most_s and self.most_s > 0.0:
                     self.budget_s = self.most_s
+                    self.calm_s *= COMFORT
                 return
             now = now_s()
             if self.hot_result > 0:        # part of a long message: the rest is on its way
@@ -372,13 +374,11 @@ cdef class Poller:
         """Spin no more for a while: others compute here.
 
         Who spins among processes that compute uses up its share of the processor and waits for
-        a turn; who sleeps is let in as soon as it is woken. One long turn may have been that of a
-        peer with many threads, so the while is short at first.
+        a turn; who sleeps is let in as soon as it is woken. But where a peer with many threads has
+        a long turn now and then, spinning pays all the same. So the while grows if more than a
+        third of the spins end like this, and shrinks otherwise: 4 * 0.5 * 0.5 = 1.
         """
-        if now - self.calm_until < SOON_S:
-            self.calm_s = min(2.0 * self.calm_s, LONGEST_CALM_S)
-        else:
-            self.calm_s = CALM_S
+        self.calm_s = min(max(DISMAY * self.calm_s, CALM_S), LONGEST_CALM_S)
         self.calm_until = now + self.calm_s
 
     cdef bint spin_round(self, Pollable hot, bint has_hot) noexcept nogil:
