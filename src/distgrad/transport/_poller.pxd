@@ -73,6 +73,7 @@ cdef class Poller:
     cdef double most_s             # longest spin: config.spin_us; 0 if this poll must not
     cdef double budget_s           # how long a spin is worth while now, from experience
     cdef double calm_until         # no spin before (monotonic s): the processors are busy
+    cdef bint slept                # in the kernel, while it waited the last time
     cdef double calm_s             # how long that was, the last time
     cdef int cpus                  # CPUs of this process
     cdef int interval              # turns from one epoll_wait(0) to the next while spinning

@@ -70,7 +70,7 @@ cdef double BUSY_S = 1e-3              # same, to somebody who computes: no peer
 cdef double CALM_S = 20e-6             # how long nobody spins then: once, for the start,
 cdef double LONGEST_CALM_S = 0.1       # and at most, if spinning hardly ever pays
 cdef double DISMAY = 4.0               # how much longer after every such yield;
-cdef double COMFORT = 0.5              # how much shorter after every spin that paid
+cdef double COMFORT = 0.5              # how much shorter after every message that came meanwhile
 cdef double LONGEST_S = 3600.0         # of one epoll_wait
 cdef double SIGNAL_SLICE_S = 0.2       # same in the main thread, where signals are looked for
 cdef Py_ssize_t NOTHING = -EAGAIN      # nothing to read now
@@ -320,6 +320,8 @@ cdef class Poller:
             self.serve_ready(events)
             if self.overlooked:
                 self.serve_overlooked(events)
+            if events and not self.slept:
+                self.calm_s *= COMFORT
             if events or woken or self.called:
                 return 0
             PyErr_CheckSignals()
@@ -333,6 +335,7 @@ cdef class Poller:
         cdef double away
         self.hot_result = NOTHING
         self.num_ready = 0
+        self.slept = False
         if has_hot and hot.ring != NULL:       # an answer may come sooner than a yield returns
             yields = self.patience
         limit = min(start + min(self.budget_s, self.most_s), until)
@@ -342,7 +345,6 @@ cdef class Poller:
             if self.spin_round(hot, has_hot):
                 if now - start <= self.most_s and self.most_s > 0.0:
                     self.budget_s = self.most_s
-                    self.calm_s *= COMFORT
                 return
             now = now_s()
             if self.hot_result > 0:        # part of a long message: the rest is on its way
@@ -375,8 +377,9 @@ cdef class Poller:
 
         Who spins among processes that compute uses up its share of the processor and waits for
         a turn; who sleeps is let in as soon as it is woken. But where a peer with many threads has
-        a long turn now and then, spinning pays all the same. So the while grows if more than a
-        third of the spins end like this, and shrinks otherwise: 4 * 0.5 * 0.5 = 1.
+        a long turn now and then, spinning pays all the same. So the while grows if there are more
+        than one such end to two messages for which nobody slept: 4 * 0.5 * 0.5 = 1. Parts of a
+        message do not count: what comes in a thousand parts gains no more than one wake-up.
         """
         self.calm_s = min(max(DISMAY * self.calm_s, CALM_S), LONGEST_CALM_S)
         self.calm_until = now + self.calm_s
@@ -453,6 +456,7 @@ cdef class Poller:
     cdef void block(self, double now, double until) noexcept nogil:
         """Sleep in the kernel until a socket is ready, somebody wakes, or ``until``."""
         cdef int i
+        self.slept = True
         set_flag(&self.sleeping, 1)
         if not get_flag(&self.woken) and self.doze():
             self.num_ready = epoll_wait_s(
