@@ -264,6 +264,26 @@ def test_thread_that_runs_a_task_of_its_chain_is_given_no_other():
         assert here == [True]
 
 
+@pytest.mark.parametrize("kind", [SystemExit, GeneratorExit, KeyboardInterrupt])
+def test_callback_that_raises_to_end_its_thread_is_logged_alone(caplog, kind):
+    def callback(_):
+        served.append(threading.current_thread())
+        raise kind
+
+    served = []
+    with World(1) as world:
+        agent = world.run(lambda rank: rpc.current_worker())[0].agent
+        for _ in range(3):
+            future = Future(agent=agent)
+            future.add_done_callback(callback)
+            future.set_result(None)
+            assert rpc.rpc_sync(0, echo, (1,)) == 1
+        while len(served) < 3 or not agent.crew.idle:
+            rpc.rpc_sync(0, echo, (1,))
+        assert all(thread.is_alive() for thread in served)
+    assert caplog.text.count("a task of worker") == 3
+
+
 def wait_in_forked_child(rank):
     pending = rpc.rpc_async(1 - rank, block_and_call_back, (rank, 0, 0.5))
     read, write = os.pipe()

@@ -13,7 +13,7 @@ cdef class CrewCore(Desk)
 cdef enum Sleep:
     AWAKE = 0
     ASLEEP = 1
-    READY = 2       # has a reason to wake, and will be roused by the thread that polls or waits next
+    READY = 2       # has a reason to wake; who polls or waits next will rouse it
     ROUSED = 3      # its bell was rung
 
 

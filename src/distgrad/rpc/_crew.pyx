@@ -41,6 +41,7 @@ from distgrad.rpc._future cimport IS_PENDING
 
 from distgrad.config import config
 from distgrad.errors import DistgradError
+from distgrad.rpc.failures import is_interrupt
 
 cimport cython
 
@@ -541,7 +542,9 @@ cdef class CrewCore(Desk):
                 if self.base_activity is not None:
                     enter_activity(self.base_activity)
                 task()
-        except Exception:
+        except BaseException as error:
+            if is_interrupt(error):
+                raise
             _log.exception("a task of worker %r failed", self.name)
         finally:
             PyContext_Exit(context)
