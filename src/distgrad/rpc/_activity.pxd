@@ -7,7 +7,8 @@ cdef class Activity:
     cdef double until              # when the served call's caller gives up (monotonic s); or inf
 
 
-# What the current thread or task does; None in threads that never touched rpc.
+# What the current thread or task does; in threads that never touched rpc, that of no call by the
+# oldest worker of this process, or None. The worker may be closed.
 cdef Activity current_activity()
 
 # Make it what the current context does.

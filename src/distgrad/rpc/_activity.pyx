@@ -39,10 +39,18 @@ cdef class Activity:
 activity = ContextVar("distgrad_activity")
 
 cdef object _variable = activity
+cdef Activity _elsewhere = None
 
 
 cdef Activity current_activity():
-    return get_value(_variable, None)
+    cdef Activity now = get_value(_variable, None)
+    return now if now is not None else _elsewhere
+
+
+def set_elsewhere(Activity now):
+    """Set the activity of threads that have none of their own; None for nothing."""
+    global _elsewhere
+    _elsewhere = now
 
 
 cdef int enter_activity(Activity now) except -1:

@@ -55,8 +55,8 @@ cdef class CrewCore(Desk):
     cdef bint resident_leads       # a serving thread leads
     cdef list unread               # events that were polled and not taken in; None without
     cdef readonly object backlog   # deque of tasks for serving threads
-    cdef readonly object followers  # deque of Waiter: those that sleep
-    cdef object ready              # deque of those followers and former followers that are READY
+    cdef readonly dict followers   # the Waiters that sleep, oldest first -> None
+    cdef object ready              # deque of those among them that are READY
     cdef int num_roused            # how many are ROUSED
     cdef double stretch_s          # how long a thread takes from being roused to its next wait
     cdef dict innermost            # chain -> the Waiter that may run its tasks

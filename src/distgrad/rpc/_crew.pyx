@@ -117,7 +117,7 @@ cdef class CrewCore(Desk):
         self.wake_at = INFINITY
         self.leadership = Leadership(poller)
         self.backlog = deque()
-        self.followers = deque()
+        self.followers = {}
         self.ready = deque()
         self.innermost = {}
 
@@ -339,7 +339,7 @@ cdef class CrewCore(Desk):
         waiter.sleep = ASLEEP
         if not future.add_waiter(wake):
             return self.get_up(waiter)
-        self.followers.append(waiter)
+        self.followers[waiter] = None
         try:
             if not waiter.tasks and not self.leads_after_all(waiter):
                 if self.resident_leads:
@@ -426,7 +426,7 @@ cdef class CrewCore(Desk):
 
     cdef int unfollow(self, Waiter waiter, bint keep_role) except -1:
         if waiter in self.followers:
-            self.followers.remove(waiter)
+            del self.followers[waiter]
             if keep_role:
                 waiter.leads = True
         else:
@@ -445,7 +445,8 @@ cdef class CrewCore(Desk):
         if not self.followers:
             self.leadership.leave()
             return 0
-        heir = self.followers.popleft()
+        heir = next(iter(self.followers))
+        del self.followers[heir]
         heir.leads = True
         if heir.sleep == READY:
             self.ready.remove(heir)

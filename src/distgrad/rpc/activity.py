@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 from distgrad.errors import DistgradError
-from distgrad.rpc._activity import Activity, activity
+from distgrad.rpc._activity import Activity, activity, set_elsewhere
 
 if TYPE_CHECKING:
     from distgrad.rpc.worker import Worker
@@ -25,12 +25,18 @@ _workers: list[Worker] = []
 def enlist(worker: Worker) -> None:
     """Make a worker known as one that this process hosts."""
     _workers.append(worker)
+    _settle()
 
 
 def discharge(worker: Worker) -> None:
     """Forget a worker that was shut down."""
     if worker in _workers:
         _workers.remove(worker)
+        _settle()
+
+
+def _settle() -> None:
+    set_elsewhere(Activity(_workers[0]) if _workers else None)
 
 
 def hosted_workers() -> list[Worker]:
@@ -43,7 +49,10 @@ def worker_or_none() -> Worker | None:
     now = activity.get(None)
     if now is not None and not now.worker.closed:
         return now.worker
-    return next((worker for worker in _workers if not worker.closed), None)
+    for worker in _workers:
+        if not worker.closed:
+            return worker
+    return None
 
 
 def current_worker() -> Worker:
@@ -74,6 +83,7 @@ def _forget_in_child() -> None:
     for worker in _workers:
         worker.agent.closed = worker.agent.crew.closed = True
     _workers.clear()
+    _settle()
 
 
 os.register_at_fork(after_in_child=_forget_in_child)
