@@ -32,6 +32,7 @@ MODULES = {
     "distgrad.transport._outlet": "src/distgrad/transport/_outlet.pyx",
     "distgrad.transport._lane": "src/distgrad/transport/_lane.pyx",
     "distgrad.transport._stream": "src/distgrad/transport/_stream.pyx",
+    "distgrad.autograd._lock": "src/distgrad/autograd/_lock.pyx",
     "distgrad.rpc._leader": "src/distgrad/rpc/_leader.pyx",
     "distgrad.rpc._pulse": "src/distgrad/rpc/_pulse.pyx",
     "distgrad.rpc._activity": "src/distgrad/rpc/_activity.pyx",

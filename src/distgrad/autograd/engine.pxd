@@ -2,6 +2,7 @@
 
 cimport cython
 
+from distgrad.autograd._lock cimport Lock
 from distgrad.autograd.context cimport ContextPart
 from distgrad.autograd.part cimport Part, Run
 from distgrad.rpc._exchange cimport Exchange
@@ -17,7 +18,7 @@ cdef class Engine:
     cdef public object _pass_ids
     cdef public object _newest          # id of the context made last
     cdef public object _released        # Tombstones
-    cdef public object _lock            # guards parts and _released where both change
+    cdef public Lock _lock              # guards parts and _released where both change
     cdef Exchange _agent                # sends, and runs what is scheduled
     cpdef new_context(self)
     cpdef open(self, ContextPart part)

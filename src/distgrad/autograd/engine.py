@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections.abc import Collection, Sequence
 from numbers import Real
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from distgrad._core import GraphTask, Tensor
+from distgrad.autograd._lock import Lock
 from distgrad.autograd.context import ContextPart, DistAutogradContext
 from distgrad.autograd.functions import RecvRpcBackward
 from distgrad.autograd.part import Part, Run
@@ -74,7 +74,7 @@ class Engine:
         self.lost: Collection[int] = worker.agent.links.lost
         self.parts: dict[int, ContextPart] = {}
         self._released = Tombstones()
-        self._lock = threading.Lock()
+        self._lock = Lock()
         first = (worker.id << 48) + 1
         self._context_ids = itertools.count(first)
         self._pass_ids = itertools.count(first)
@@ -113,10 +113,13 @@ class Engine:
         creator = worker_of(context_id)
         if creator == self.worker_id or creator in self.lost or context_id in self._released:
             return None
-        with self._lock:
+        self._lock.acquire()
+        try:
             part = self.parts.get(context_id)
             if part is None and context_id not in self._released:
                 part = self.parts[context_id] = ContextPart(self, context_id)
+        finally:
+            self._lock.release()
         if self.lost or self._released.doubtful(context_id):
             self._rejoin(context_id)
         return part
@@ -186,9 +189,12 @@ class Engine:
 
         With an error because the creator is lost to this worker; the others ask for themselves.
         """
-        with self._lock:
+        self._lock.acquire()
+        try:
             self._released.add(context_id)
             part = self.parts.pop(context_id, None)
+        finally:
+            self._lock.release()
         if part is None:
             return
         part.release(error)

@@ -44,7 +44,7 @@ class SendRpcBackward(Node):
         what: object = "",
         is_response: bool = False,
     ) -> None:
-        super().__init__([gradient_edge(tensor) for tensor in tensors], len(tensors))
+        self._link(tensors, len(tensors))  # as super().__init__ does, without a list of edges
         self.message_id = message_id
         self.peer = peer
         self.what = what
@@ -97,7 +97,7 @@ class RecvRpcBackward(Node):
     __slots__ = ("context_id", "message_id", "peer")
 
     def __init__(self, slots: int, message_id: int, peer: int, context_id: int) -> None:
-        super().__init__((), slots)
+        self._link((), slots)
         self.boundary = True
         self.message_id = message_id
         self.peer = peer

@@ -2,6 +2,7 @@
 
 cimport cython
 
+from distgrad.autograd._lock cimport Lock
 from distgrad.autograd.pass_table cimport PassTable
 from distgrad.autograd.protocol cimport BackwardPass
 
@@ -22,7 +23,7 @@ cdef class Run(BackwardPass):
 cdef class Part:
     cdef public object host         # Host
     cdef public object context_id
-    cdef public object lock         # guards the rest and the queues of all passes
+    cdef readonly Lock lock         # guards the rest and the queues of all passes
     cdef public dict sends          # message id -> node
     cdef public dict recvs          # message id -> node
     cdef public set known           # workers that messages of the context were sent to

@@ -14,10 +14,10 @@ Invariants
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
+from distgrad.autograd._lock import Lock
 from distgrad.autograd.pass_table import PassTable
 from distgrad.autograd.protocol import BackwardPass
 from distgrad.autograd.terms import COMPLETE, FAILED, OVER, Boundary, Graph, Message
@@ -141,7 +141,7 @@ class Part:
     def __init__(self, host: Host, context_id: int) -> None:
         self.host = host
         self.context_id = context_id
-        self.lock = threading.Lock()
+        self.lock = Lock()
         self.sends: dict[int, Any] = {}
         self.recvs: dict[int, Any] = {}
         self.known: set[int] = set()
@@ -159,23 +159,32 @@ class Part:
         """Add a message that arrived; passes that have begun answer none for it."""
         self.recvs[node.message_id] = node
         if self.table.passes:
-            with self.lock:
+            self.lock.acquire()
+            try:
                 self._tell_begun("on_recorded", (node.message_id, node.peer))
+            finally:
+                self.lock.release()
 
     def drop_send(self, message_id: int) -> None:
         """Take back a message that never left."""
-        with self.lock:
+        self.lock.acquire()
+        try:
             if self.sends.pop(message_id, None) is not None:
                 self._tell_begun("on_undelivered", (message_id,))
+        finally:
+            self.lock.release()
 
     def doubt_send(self, message_id: int) -> None:
         """Note that the receiver may never record a message."""
-        with self.lock:
+        self.lock.acquire()
+        try:
             if message_id in self.sends:
                 if self._doubted is None:
                     self._doubted = set()
                 self._doubted.add(message_id)
                 self._tell_begun("on_uncertain", (message_id,))
+        finally:
+            self.lock.release()
 
     # --- passes ------------------------------------------------------------------------
 
@@ -183,12 +192,15 @@ class Part:
         self, pass_id: int, flags: int, roots: Any, done: Callable[[PassAbort | None], None]
     ) -> Run:
         """Make this worker the root of a new pass and run its first sweep on this thread."""
-        with self.lock:
+        self.lock.acquire()
+        try:
             if self.released:
                 raise self.host.missing(self.context_id)
             run: Run = self.table.open(pass_id, flags)
             run.part, run.roots, run.done, run.busy = self, roots, done, True
             ends = self.table.all_ends()
+        finally:
+            self.lock.release()
         for peer, end in ends:
             self._post(peer, end)
         self.drain(run)
@@ -196,7 +208,8 @@ class Part:
 
     def receive(self, sender: int, message: Message) -> bool:
         """Take in a message of a pass, without running the graph; False if released."""
-        with self.lock:
+        self.lock.acquire()
+        try:
             if self.released:
                 return False
             run: Run | None = self.table.route(message)
@@ -204,6 +217,8 @@ class Part:
                 self._queue(run, "handle", (sender, message))
                 return True
             answer = self.table.answer(message)
+        finally:
+            self.lock.release()
         if answer is not None:
             self._post(sender, answer)
         return True
@@ -211,18 +226,24 @@ class Part:
     def fail(self, run: Run, error: BaseException) -> None:
         """Fail a pass from outside, as when its time is up."""
         cause = self.host.describe(run.pass_id, error, "")
-        with self.lock:
+        self.lock.acquire()
+        try:
             if run.pass_id in self.table.passes:
                 run.error = error
                 self._queue(run, "fail", (cause,))
+        finally:
+            self.lock.release()
 
     def lose(self, peer: int, error: BaseException) -> None:
         """Tell the passes that a worker is gone; it is among the lost of the host already."""
-        with self.lock:
+        self.lock.acquire()
+        try:
             for run in self.table.passes.values():
                 if run.begun:
                     cause = self.host.describe(run.pass_id, error, "")
                     self._queue(run, "on_lost", (peer, cause))
+        finally:
+            self.lock.release()
 
     def release(self, error: BaseException | None = None) -> None:
         """Finish the context here; passes whose part here is not complete fail.
@@ -230,7 +251,8 @@ class Part:
         With an error, such as the loss of the creator, all fail: what others still have to
         tell of a pass that is complete here could not pass through here any more.
         """
-        with self.lock:
+        self.lock.acquire()
+        try:
             self.released = True
             self.sends, self.recvs = {}, {}
             for run in list(self.table.passes.values()):
@@ -241,6 +263,8 @@ class Part:
                     self._queue(run, "leave", ())
                 else:  # nothing is to come: else it and this part would keep each other alive
                     del self.table.passes[run.pass_id]
+        finally:
+            self.lock.release()
 
     def _tell_begun(self, method: str, args: tuple[Any, ...]) -> None:
         for run in self.table.passes.values():
@@ -261,7 +285,8 @@ class Part:
         interrupt: BaseException | None = None
         events: list[Event] = []  # that wait since one before them raised
         while True:
-            with self.lock:
+            self.lock.acquire()
+            try:
                 if run.events:
                     events += run.events
                     run.events = []
@@ -272,6 +297,8 @@ class Part:
                     run.busy = False
                     break
                 snapshot = None if run.begun else self._snapshot(run)
+            finally:
+                self.lock.release()
             try:
                 self._step(run, snapshot, events)
             except BaseException as error:

@@ -35,9 +35,12 @@ def waiting_here(context_id: int) -> dict[str, Any]:
     """
     engine: Engine = current_worker().extensions["autograd"]
     part = engine.existing(context_id)
-    with part.lock:
+    part.lock.acquire()
+    try:
         peers = {node.peer for nodes in (part.sends, part.recvs) for node in nodes.values()}
         runs = list(part.table.passes.values())
+    finally:
+        part.lock.release()
     undone = [run for run in runs if run.state is not COMPLETE or run.closure is not None]
     return {"peers": sorted(peers | part.known), "passes": [_described(run) for run in undone]}
 

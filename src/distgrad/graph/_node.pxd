@@ -99,6 +99,8 @@ cdef class Node:
     cdef Edge near_edges[NEAR_EDGES]
     cdef Meta near_slot
     cdef object __weakref__
+    cpdef int _link(self, tensors, Py_ssize_t num_inputs) except -1
+    cdef int take_place(self) except -1
 
 
 cdef class OpNode(Node):

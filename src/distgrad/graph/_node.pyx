@@ -277,9 +277,23 @@ cdef class Node:
             if node is not None and not 0 <= slot < (<Node?>node).n_slots:
                 raise ValueError(f"cannot connect {self.name()}: {node.name()} has no slot {slot}")
             add_edge(self, None if node is None else <Node?>node, slot, i)
+        self.take_place()
+
+    cpdef int _link(self, tensors, Py_ssize_t num_inputs) except -1:
+        """Do what `__init__` does, for a subclass, with edges to tensors that require grad."""
+        cdef TensorBase tensor
+        if self.sequence != 0:
+            raise GraphError(f"cannot connect {self.name()} again")
+        make_room(self, len(tensors), num_inputs)
+        for i, tensor in enumerate(tensors):
+            add_edge(self, edge_of(tensor), tensor.slot, i)
+        return self.take_place()
+
+    cdef int take_place(self) except -1:
         self.sequence = dg_next_sequence()
         if tracing:
             hooks_of(self).notes[RECORDED_AT] = call_site()
+        return 0
 
     def __dealloc__(self):
         cdef int i

@@ -1,0 +1,6 @@
+from typing import final
+
+@final
+class Lock:
+    def acquire(self) -> None: ...
+    def release(self) -> None: ...
