@@ -435,16 +435,18 @@ cdef class CrewCore(Desk):
 
     cdef int pass_on(self) except -1:
         """Give the role up, to somebody or, where threads take turns, nobody (C3)."""
-        if self.take_turns():
-            self.leadership.leave()
-            return 0
-        return self.hand_on()
+        if not self.take_turns():
+            return self.hand_on()
+        self.leadership.grace_s = min(BRISK_S, config.grace_us * 1e-6)
+        self.leadership.leave()
+        return 0
 
     cdef int hand_on(self) except -1:
         cdef Waiter heir
         if not self.followers:
             self.leadership.leave()
             return 0
+        self.leadership.grace_s = config.grace_us * 1e-6
         heir = next(iter(self.followers))
         del self.followers[heir]
         heir.leads = True
@@ -570,7 +572,8 @@ cdef class CrewCore(Desk):
             elif not self.watched:
                 self.watched = True
                 try:
-                    self.leadership.watch(config.grace_us * 1e-6)
+                    self.leadership.grace_s = config.grace_us * 1e-6
+                    self.leadership.watch()
                 finally:
                     self.watched = False
             elif not self._wait_as_spare():

@@ -27,6 +27,7 @@ cdef class Leadership:
         volatile int rung            # the bell was rung for work, not for a change of leader
         volatile int closed          # no more watching
         volatile unsigned long epoch  # grows when the role is taken; tells a tick that all is well
+        public double grace_s        # how long the role may lie free; read at every tick
         public volatile int work     # tasks wait for a serving thread
         public unsigned long taken   # tasks taken so far; tells a tick that they move on
 
@@ -34,5 +35,5 @@ cdef class Leadership:
     cpdef void leave(self) noexcept
     cdef void excuse(self) noexcept
     cpdef void ring(self) noexcept
-    cdef int _tick(self, double grace_s) noexcept nogil
+    cdef int _tick(self) noexcept nogil
     cdef void _sleep(self) noexcept nogil

@@ -74,15 +74,15 @@ cdef class Leadership:
         self.closed = 1
         sem_post(&self.bell)
 
-    def watch(self, double grace_s) -> None:
-        """Block until the role lay free for ``grace_s`` seconds or the bell rings.
+    def watch(self) -> None:
+        """Block until the role lay free for `grace_s` seconds or the bell rings.
 
         Runs without the GIL, so that a tick never disturbs a thread that computes.
         """
         cdef int seen = IN_USE
         with nogil:
             while not self.closed and seen == IN_USE:
-                seen = self._tick(grace_s)
+                seen = self._tick()
                 if seen == ASLEEP:
                     self._sleep()
                     seen = IN_USE
@@ -97,7 +97,7 @@ cdef class Leadership:
                 pass
         self.dormant = 0
 
-    cdef int _tick(self, double grace_s) noexcept nogil:
+    cdef int _tick(self) noexcept nogil:
         cdef unsigned long before = self.epoch, taken = self.taken
         cdef timespec until
         if self.rung:
@@ -105,7 +105,7 @@ cdef class Leadership:
         if self.held and self.poller.sleeping and not self.work:
             return ASLEEP
         clock_gettime(CLOCK_REALTIME, &until)
-        until.tv_nsec += <long>(grace_s * 1e9)
+        until.tv_nsec += <long>(self.grace_s * 1e9)
         until.tv_sec += until.tv_nsec // 1000000000
         until.tv_nsec %= 1000000000
         while sem_timedwait(&self.bell, &until) != 0:
