@@ -4,12 +4,14 @@ import os
 import random
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from distgrad import rpc
 from distgrad.errors import RpcTimeoutError
+from distgrad.rpc.future import Future
 from distgrad.testing import World
 
 THREADS = 4 * len(os.sched_getaffinity(0)) + 4
@@ -19,6 +21,14 @@ BRISK = 30  # calls in a row after which threads surely take turns
 @rpc.expose
 def echo(value):
     return value
+
+
+def until_true(condition):
+    """Look until a condition of compiled code holds, which tells nobody."""
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        os.sched_yield()
 
 
 def call_briskly(thread):
@@ -77,6 +87,44 @@ def meet_without_watcher(rank):
 def test_nobody_is_left_ready_where_nobody_watches():
     with World(2, transport="unix", num_worker_threads=1) as world:
         assert world.run(meet_without_watcher, ranks=[0]) == [sum(range(THREADS))]
+
+
+def test_nobody_is_left_ready_while_another_polls():
+    # One poll brings what two threads wait for; the one that polled then waits for the other.
+    # A third one is handed the role by a serving thread, and nothing more comes to be polled.
+    with World(1, heartbeat_interval=60.0) as world:
+        agent = world.run(lambda rank: rpc.current_worker())[0].agent
+        polled, ready, never = (Future(agent=agent) for _ in range(3))
+        roused, serving = threading.Event(), threading.Event()
+
+        def serve():
+            serving.set()
+            while not polled.done():
+                os.sched_yield()
+            agent.crew.backlog.append(lambda: None)  # for this thread: no other is called
+
+        def lead():
+            polled.wait(30)
+            return roused.wait(10)
+
+        def follow():
+            ready.wait(30)
+            roused.set()
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            leader = pool.submit(lead)
+            until_true(lambda: agent.crew.awaits(polled))
+            for _ in range(THREADS - 2):
+                pool.submit(never.wait, 30)
+            until_true(lambda: len(agent.crew.followers) == THREADS - 2)
+            pool.submit(follow)  # the last who would inherit the role
+            until_true(lambda: len(agent.crew.followers) == THREADS - 1)
+            agent.submit(serve)
+            assert serving.wait(20)
+            until_true(lambda: agent.crew.watched)
+            agent.crew.poller.call(lambda: (ready.set_result(1), polled.set_result(1)))
+            assert leader.result(20)
+            never.set_result(None)
 
 
 class Alarm(Exception):

@@ -201,6 +201,10 @@ cdef class CrewCore(Desk):
             return self.lead(waiter, future, deadline, connection)
         return self.follow(waiter, future, deadline)
 
+    def awaits(self, Future future):
+        """Whether the thread that leads waits for this future."""
+        return self.awaited is future
+
     cpdef bint polls_here(self) except -1:
         """Whether the calling thread is the leader, in the middle of a poll."""
         return self.leader_thread == PyThread_get_thread_ident()
@@ -275,12 +279,11 @@ cdef class CrewCore(Desk):
             if self.backlog:        # now that this thread waits, another may serve in its place
                 self.call_hands()
             self.rouse_ready()
-            while future._state == IS_PENDING and not waiter.tasks:
+            # Looked at before every poll, so that nobody is left ready while it blocks.
+            while future._state == IS_PENDING and not waiter.tasks and not self.somebody_comes():
                 self.poll_once(deadline)
                 if self.backlog:
                     self.call_hands()
-                if self.somebody_comes():
-                    break
                 self.rouse_ready()
                 if deadline < INFINITY and now_s() >= deadline:
                     break
