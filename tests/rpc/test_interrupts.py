@@ -183,3 +183,82 @@ def test_call_in_a_handler_that_interrupts_the_thread_that_polls_is_refused(pair
     [[error]] = pair.run(call_in_signal_handler, ranks=[0])
     assert "in a signal handler" in error
     assert "rpc_async" in error
+
+
+def until_true(condition):
+    """Look until a condition of compiled code holds, which tells nobody."""
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        os.sched_yield()
+
+
+def interrupt_when(condition, handle):
+    """Run ``handle()`` in the main thread, as a signal handler, once a condition holds."""
+
+    def shoot_once():
+        until_true(condition)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+
+    signal.signal(signal.SIGUSR1, lambda *_: handle())
+    threading.Thread(target=shoot_once).start()
+
+
+def complete_what_another_waits_for(rank):
+    crew = rpc.current_worker().agent.crew
+    answer, own = rpc.rpc_async(1, wait_for_gate), rpc.Future()
+
+    def wait_for_own():
+        own.wait(20)
+        rpc.rpc_sync(1, open_gate)
+
+    other = threading.Thread(target=wait_for_own)
+
+    def other_follows():
+        if crew.awaits(answer) and other.ident is None:
+            other.start()
+        return crew.awaits(answer) and crew.followers
+
+    interrupt_when(other_follows, lambda: own.set_result(1))
+    passed = answer.wait(20)
+    other.join()
+    return passed
+
+
+def complete_what_is_waited_for(rank):
+    crew, own = rpc.current_worker().agent.crew, rpc.Future()
+    interrupt_when(lambda: crew.awaits(own), lambda: own.set_result(True))
+    return own.wait(20)
+
+
+@pytest.mark.parametrize("complete", [complete_what_another_waits_for, complete_what_is_waited_for])
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_future_completed_in_a_handler_that_interrupts_the_poll_is_noticed(transport, complete):
+    gate.clear()
+    with World(2, transport=transport, heartbeat_interval=60.0) as world:
+        assert world.run(complete, ranks=[0]) == [True]
+
+
+def call_while_following(rank):
+    crew, seen = rpc.current_worker().agent.crew, []
+    answer, own = rpc.rpc_async(1, wait_for_gate), rpc.Future()
+    leader = threading.Thread(target=answer.wait)
+    leader.start()
+    until_true(lambda: crew.awaits(answer))
+
+    def handle():
+        rpc.rpc_sync(1, open_gate, timeout=20)  # the leader leaves while this waits
+        seen.append(rpc.rpc_sync(1, echo, (5,), timeout=20))
+        own.set_result(None)
+
+    interrupt_when(lambda: crew.awaits(answer) and crew.followers, handle)
+    own.wait(30)
+    leader.join()
+    return seen
+
+
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_call_in_a_handler_that_interrupts_a_follower_is_answered(transport):
+    gate.clear()
+    with World(2, transport=transport, heartbeat_interval=60.0) as world:
+        assert world.run(call_while_following, ranks=[0]) == [[5]]

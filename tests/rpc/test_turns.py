@@ -1,18 +1,22 @@
 """More threads that wait than there are processors: each rouses the next."""
 
+import math
 import os
 import random
 import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
 from distgrad import rpc
 from distgrad.errors import RpcTimeoutError
+from distgrad.rpc.crew import Crew
 from distgrad.rpc.future import Future
 from distgrad.testing import World
+from distgrad.transport._poller import Poller
 
 THREADS = 4 * len(os.sched_getaffinity(0)) + 4
 BRISK = 30  # calls in a row after which threads surely take turns
@@ -122,9 +126,45 @@ def test_nobody_is_left_ready_while_another_polls():
             agent.submit(serve)
             assert serving.wait(20)
             until_true(lambda: agent.crew.watched)
-            agent.crew.poller.call(lambda: (ready.set_result(1), polled.set_result(1)))
+
+            def tick(now):
+                agent.ticks.remove(tick)
+                ready.set_result(1)
+                polled.set_result(1)
+                return math.inf
+
+            agent.ticks.append(tick)
+            agent.tick_by(time.monotonic())
             assert leader.result(20)
             never.set_result(None)
+
+
+def test_crew_that_is_closed_leaves_nobody_ready():
+    # One poll makes all ready; the one that polled ends the crew before another has its turn.
+    poller = Poller()
+
+    def take_in(events):
+        while events:
+            events.pop()[1]()
+
+    crew = Crew("closing", poller, take_in, lambda now: math.inf, 4)
+    crew.start()
+    agent = SimpleNamespace(crew=crew)
+    futures = [Future(agent=agent) for _ in range(THREADS)]
+
+    def lead():
+        futures[0].wait()
+        crew.close(0.0)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        waits = [pool.submit(lead)]
+        until_true(lambda: crew.awaits(futures[0]))
+        waits += [pool.submit(future.wait) for future in futures[1:]]
+        until_true(lambda: len(crew.followers) == THREADS - 1 and crew.watched)
+        poller.post("all", lambda: [future.set_result(None) for future in reversed(futures)])
+        for wait in waits:
+            wait.result(20)
+    poller.close()
 
 
 class Alarm(Exception):

@@ -52,6 +52,7 @@ cdef class CrewCore(Desk):
     cdef readonly Leadership leadership
     cdef unsigned long leader_thread       # who leads; 0 for nobody
     cdef Future awaited            # what the leading thread waits for; None without
+    cdef bint takes_in             # the leader is behind the poll, see takes_in_here
     cdef bint resident_leads       # a serving thread leads
     cdef list unread               # events that were polled and not taken in; None without
     cdef readonly object backlog   # deque of tasks for serving threads
@@ -79,12 +80,13 @@ cdef class CrewCore(Desk):
     cdef int tick(self) except -1
     cdef int follow(self, Waiter waiter, Future future, double deadline) except -1
     cdef bint leads_after_all(self, Waiter waiter) except -1
-    cdef int sleep(self, Waiter waiter, double deadline) except -1
+    cdef bint sleep(self, Waiter waiter, double deadline) except -1
     cdef int get_up(self, Waiter waiter) except -1
+    cdef bint takes_in_here(self) noexcept
     cdef bint take_turns(self) except -1
     cdef bint somebody_comes(self) except -1
     cdef int note_stretch(self) except -1
-    cdef int rouse_ready(self) except -1
+    cpdef int rouse_ready(self) except -1
     cdef int *rouse_later(self, Waiter waiter) noexcept
     cdef int hand_on(self) except -1
     cdef int unfollow(self, Waiter waiter, bint keep_role) except -1

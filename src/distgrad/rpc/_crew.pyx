@@ -75,7 +75,7 @@ cdef class Waiter:
         """See to it that the thread, if it sleeps, is roused (C7, C8)."""
         if self.sleep != ASLEEP:
             return
-        if self.crew.polls_here():
+        if self.crew.takes_in_here():
             self.sleep = READY
             self.crew.ready.append(self)
         else:
@@ -209,8 +209,15 @@ cdef class CrewCore(Desk):
         """Whether the calling thread is the leader, in the middle of a poll."""
         return self.leader_thread == PyThread_get_thread_ident()
 
+    cdef bint takes_in_here(self) noexcept:
+        """Whether the calling thread leads and, after the poll, will look at all that changed.
+
+        Not so in a signal handler or destructor that interrupts the poll itself.
+        """
+        return self.takes_in and self.leader_thread == PyThread_get_thread_ident()
+
     cdef int rouse(self, Future future) except -1:
-        if self.awaited is future and self.leader_thread != PyThread_get_thread_ident():
+        if self.awaited is future and not self.takes_in_here():
             self.poller.wake()
         return 0
 
@@ -317,7 +324,9 @@ cdef class CrewCore(Desk):
         if self.unread is None:
             if until < INFINITY:
                 patience = min(max(until - now_s(), 0.0), LONGEST_S)
+            self.takes_in = False
             self.unread = self.poller.poll(patience, True)
+            self.takes_in = True
         if self.unread:
             self.on_events(self.unread)
         self.unread = None
@@ -338,6 +347,7 @@ cdef class CrewCore(Desk):
         return 0
 
     cdef int follow(self, Waiter waiter, Future future, double deadline) except -1:
+        cdef bint interrupted = False
         wake = waiter.wake
         waiter.sleep = ASLEEP
         if not future.add_waiter(wake):
@@ -349,15 +359,23 @@ cdef class CrewCore(Desk):
                     self.poller.wake()      # it hands the role to the thread that waits
                 elif self.backlog:
                     self.call_hands()       # as in lead
-                self.sleep(waiter, deadline)
+                interrupted = self.sleep(waiter, deadline)
         finally:
             future.drop_waiter(wake)
             self.unfollow(waiter, False)
             self.get_up(waiter)
+        if interrupted:     # a signal handler may wait itself: nobody must count on this waiter
+            if waiter.leads:
+                waiter.leads = False
+                self.pass_on()
+            PyErr_CheckSignals()
         return 0
 
-    cdef int sleep(self, Waiter waiter, double deadline) except -1:
-        """Sleep until roused, or the time is over; rouse the next that is ready."""
+    cdef bint sleep(self, Waiter waiter, double deadline) except -1:
+        """Sleep until roused, or the time is over; rouse the next that is ready.
+
+        Returns whether a signal came meanwhile.
+        """
         cdef Waiter following
         cdef int *next_bell = NULL
         cdef int code
@@ -365,15 +383,11 @@ cdef class CrewCore(Desk):
         if self.ready:
             following = self.ready.popleft()
             next_bell = self.rouse_later(following)
-        while True:
-            with nogil:
-                if next_bell != NULL:       # now that the GIL is free for it
-                    ring_bell(next_bell)
-                code = sleep_by_bell(&waiter.bell, deadline)
-            if code != EINTR:
-                return 0
-            next_bell = NULL
-            PyErr_CheckSignals()
+        with nogil:
+            if next_bell != NULL:       # now that the GIL is free for it
+                ring_bell(next_bell)
+            code = sleep_by_bell(&waiter.bell, deadline)
+        return code == EINTR
 
     cdef int get_up(self, Waiter waiter) except -1:
         global up_since
@@ -391,7 +405,10 @@ cdef class CrewCore(Desk):
     cdef bint take_turns(self) except -1:
         """Whether C8 holds now."""
         return (
-            len(self.followers) >= self.poller.cpus and self.watched and self.stretch_s < BRISK_S
+            len(self.followers) >= self.poller.cpus
+            and self.watched
+            and self.stretch_s < BRISK_S
+            and not self.closed
         )
 
     cdef bint somebody_comes(self) except -1:
@@ -406,7 +423,7 @@ cdef class CrewCore(Desk):
         self.stretch_s += 0.25 * (stretch_s - self.stretch_s)
         return 0
 
-    cdef int rouse_ready(self) except -1:
+    cpdef int rouse_ready(self) except -1:
         """Rouse all that are ready, unless each is roused when its turn comes."""
         if self.ready and not self.take_turns():
             while self.ready:
@@ -483,14 +500,14 @@ cdef class CrewCore(Desk):
             return self.enqueue(task)
         waiter.tasks.append(task)
         waiter.wake()
-        if waiter.leads and self.leader_thread != PyThread_get_thread_ident():
+        if waiter.leads and not self.takes_in_here():
             self.poller.wake()
         return 0
 
     cdef int enqueue(self, object task) except -1:
         self.backlog.append(task)
         self.leadership.work = 1
-        if self.leader_thread != PyThread_get_thread_ident():
+        if not self.takes_in_here():
             self.call_hands()
         return 0
 

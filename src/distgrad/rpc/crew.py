@@ -130,6 +130,7 @@ class Crew(CrewCore):
             self._spares.popleft().put(False)
         for waiter in list(self.followers):
             waiter.wake()
+        self.rouse_ready()
         until = time.monotonic() + timeout_s
         for thread in list(self._threads):
             if thread.is_alive() and thread is not threading.current_thread():
