@@ -4,6 +4,9 @@ from typing import Any, TypedDict, TypeVar, final
 import numpy as np
 from typing_extensions import disjoint_base
 
+HIGHEST: dict[str, int]
+RECEIVABLE: tuple[str, ...]
+
 _T = TypeVar("_T")
 
 TAGS: dict[str, int]
