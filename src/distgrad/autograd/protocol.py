@@ -254,7 +254,9 @@ class BackwardPass:
             return
         self.state = FAILED
         self.cause = cause
-        tell = self._peers | (self.closure.workers() if self.closure else {self.root})
+        # Who was heard of may wait for a message that is not recorded here yet.
+        tell = self._peers | self._heard
+        tell |= self.closure.workers() if self.closure else {self.root}
         tell -= {self.worker, sender, *self._lost}
         self._outbox = [(peer, cause) for peer in sorted(tell)]
         self._drop_graph()
