@@ -127,13 +127,20 @@ class Links:
             connection = self.routes.get(peer)
             if connection is not None:
                 return connection
-            detour = self._detours.get(peer)
-            if detour is None:
-                detour = self._detours[peer] = Detour(peer)
-                threading.Thread(
-                    target=self._end_detour, args=(detour,), name="distgrad-connects", daemon=True
-                ).start()
-            return detour
+            if peer in self._detours:
+                return self._detours[peer]
+            detour = self._detours[peer] = Detour(peer)
+            thread = threading.Thread(
+                target=self._end_detour, args=(detour,), name="distgrad-connects", daemon=True
+            )
+            try:
+                thread.start()
+                return detour
+            except RuntimeError:  # at the exit of the interpreter no thread begins any more
+                del self._detours[peer]
+                if self._polls_here():
+                    raise
+        return self._make(peer)
 
     def _end_detour(self, detour: Detour) -> None:
         while not self._closed:
