@@ -70,10 +70,10 @@ cdef class Poller:
     cdef int victim                # next of them to make room
     cdef list overlooked           # tokens of rings that had news when their bell was armed
     cdef bint called               # a callback ran in this poll
+    cdef bint spun                 # this poll waited for its news, and not in the kernel
     cdef double most_s             # longest spin: config.spin_us; 0 if this poll must not
     cdef double budget_s           # how long a spin is worth while now, from experience
     cdef double calm_until         # no spin before (monotonic s): the processors are busy
-    cdef bint slept                # in the kernel, while it waited the last time
     cdef double calm_s             # how long that was, the last time
     cdef int cpus                  # CPUs of this process
     cdef int interval              # turns from one epoll_wait(0) to the next while spinning

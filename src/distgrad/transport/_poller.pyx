@@ -276,7 +276,7 @@ cdef class Poller:
         if self.polling:
             raise RuntimeError("cannot poll: another thread is polling")
         self.polling = True
-        self.called = False
+        self.called = self.spun = False
         now = now_s()
         spin = spin and self.cpus > 1 and now >= self.calm_until
         self.most_s = config.spin_us * 1e-6 if spin else 0.0
@@ -320,7 +320,7 @@ cdef class Poller:
             self.serve_ready(events)
             if self.overlooked:
                 self.serve_overlooked(events)
-            if events and not self.slept:
+            if events and self.spun:
                 self.calm_s *= COMFORT
             if events or woken or self.called:
                 return 0
@@ -335,7 +335,6 @@ cdef class Poller:
         cdef double away
         self.hot_result = NOTHING
         self.num_ready = 0
-        self.slept = False
         if has_hot and hot.ring != NULL:       # an answer may come sooner than a yield returns
             yields = self.patience
         limit = min(start + min(self.budget_s, self.most_s), until)
@@ -353,6 +352,7 @@ cdef class Poller:
                 start = now
             if now >= limit or get_flag(&self.woken):
                 break
+            self.spun = True
             round_ += 1
             if round_ % yields == 0:
                 sched_yield()
@@ -456,7 +456,7 @@ cdef class Poller:
     cdef void block(self, double now, double until) noexcept nogil:
         """Sleep in the kernel until a socket is ready, somebody wakes, or ``until``."""
         cdef int i
-        self.slept = True
+        self.spun = False
         set_flag(&self.sleeping, 1)
         if not get_flag(&self.woken) and self.doze():
             self.num_ready = epoll_wait_s(
