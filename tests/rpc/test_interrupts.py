@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from references import wait_until
 
 from distgrad import rpc
 from distgrad.errors import DistgradError
@@ -185,19 +186,11 @@ def test_call_in_a_handler_that_interrupts_the_thread_that_polls_is_refused(pair
     assert "rpc_async" in error
 
 
-def until_true(condition):
-    """Look until a condition of compiled code holds, which tells nobody."""
-    until = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < until
-        os.sched_yield()
-
-
 def interrupt_when(condition, handle):
     """Run ``handle()`` in the main thread, as a signal handler, once a condition holds."""
 
     def shoot_once():
-        until_true(condition)
+        wait_until(condition, collect=False)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
 
     signal.signal(signal.SIGUSR1, lambda *_: handle())
@@ -244,7 +237,7 @@ def call_while_following(rank):
     answer, own = rpc.rpc_async(1, wait_for_gate), rpc.Future()
     leader = threading.Thread(target=answer.wait)
     leader.start()
-    until_true(lambda: crew.awaits(answer))
+    wait_until(lambda: crew.awaits(answer), collect=False)
 
     def handle():
         rpc.rpc_sync(1, open_gate, timeout=20)  # the leader leaves while this waits

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+from references import wait_until
 
 from distgrad import rpc
 from distgrad.errors import RpcTimeoutError
@@ -25,14 +26,6 @@ BRISK = 30  # calls in a row after which threads surely take turns
 @rpc.expose
 def echo(value):
     return value
-
-
-def until_true(condition):
-    """Look until a condition of compiled code holds, which tells nobody."""
-    until = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < until
-        os.sched_yield()
 
 
 def call_briskly(thread):
@@ -117,15 +110,15 @@ def test_nobody_is_left_ready_while_another_polls():
 
         with ThreadPoolExecutor(THREADS) as pool:
             leader = pool.submit(lead)
-            until_true(lambda: agent.crew.awaits(polled))
+            wait_until(lambda: agent.crew.awaits(polled), collect=False)
             for _ in range(THREADS - 2):
                 pool.submit(never.wait, 30)
-            until_true(lambda: len(agent.crew.followers) == THREADS - 2)
+            wait_until(lambda: len(agent.crew.followers) == THREADS - 2, collect=False)
             pool.submit(follow)  # the last who would inherit the role
-            until_true(lambda: len(agent.crew.followers) == THREADS - 1)
+            wait_until(lambda: len(agent.crew.followers) == THREADS - 1, collect=False)
             agent.submit(serve)
             assert serving.wait(20)
-            until_true(lambda: agent.crew.watched)
+            wait_until(lambda: agent.crew.watched, collect=False)
 
             def tick(now):
                 agent.ticks.remove(tick)
@@ -158,9 +151,9 @@ def test_crew_that_is_closed_leaves_nobody_ready():
 
     with ThreadPoolExecutor(THREADS) as pool:
         waits = [pool.submit(lead)]
-        until_true(lambda: crew.awaits(futures[0]))
+        wait_until(lambda: crew.awaits(futures[0]), collect=False)
         waits += [pool.submit(future.wait) for future in futures[1:]]
-        until_true(lambda: len(crew.followers) == THREADS - 1 and crew.watched)
+        wait_until(lambda: len(crew.followers) == THREADS - 1 and crew.watched, collect=False)
         poller.post("all", lambda: [future.set_result(None) for future in reversed(futures)])
         for wait in waits:
             wait.result(20)

@@ -127,10 +127,9 @@ cdef object refusal(Writer *w, str fact, str hint=None):
     return SerializationError(f"cannot send {path_of(w)}: {fact}", hint=hint)
 
 
-cdef object excess(
-    Writer *w, bint own, str setting, str fact, str more="", str instead=""
-):
+cdef object excess(Writer *w, str setting, str fact, str more="", str instead=""):
     """Return the error for what goes beyond a limit: of this worker, or of the receiver."""
+    own = dict(w.limits[0])[setting] == dict(limits)[setting]
     owner = "all workers" if own else f"worker {(<Bounds>w.bounds).name!r}"
     whose = "" if own else f", the limit of {owner}"
     hint = f"{instead}raise {setting} on {owner}, before init_rpc"
@@ -142,7 +141,7 @@ cdef int grow(Writer *w, size_t nbytes) except -1:
     cdef size_t capacity = w.end - w.start
     if used + nbytes > RESERVE + w.limits.max_meta_bytes:
         raise excess(
-            w, w.limits.max_meta_bytes == limits.max_meta_bytes, "max_meta_bytes",
+            w, "max_meta_bytes",
             f"the message without its large arrays exceeds {w.limits.max_meta_bytes} bytes",
             f": it has {used + nbytes - RESERVE} or more",
         )
@@ -390,10 +389,7 @@ cdef inline int descend(Writer *w) except -1:
     """Count a level of nesting, just as the decoder does (invariant 1)."""
     w.depth += 1
     if w.depth > w.limits.max_depth:
-        raise excess(
-            w, w.limits.max_depth == limits.max_depth, "max_depth",
-            f"it is nested deeper than {w.limits.max_depth} levels",
-        )
+        raise excess(w, "max_depth", f"it is nested deeper than {w.limits.max_depth} levels")
     return 0
 
 
@@ -439,8 +435,8 @@ cdef int put_compound(
 cdef inline int put_count(Writer *w, uint8_t tag, Py_ssize_t count) except -1:
     if count > w.limits.max_items:
         raise excess(
-            w, w.limits.max_items == limits.max_items, "max_items",
-            f"{count} elements, {w.limits.max_items} are allowed", "", "send an array, or ",
+            w, "max_items", f"{count} elements, {w.limits.max_items} are allowed",
+            "", "send an array, or ",
         )
     return put_sized(w, tag, count)
 
@@ -631,14 +627,13 @@ cdef int put_array(Writer *w, cnp.ndarray array) except -1:
         return put_extension(w, array, <Extension>codecs_by_name["strings"])
     if nbytes == 0 and rows_without_bytes(array) > w.limits.max_items:
         raise excess(
-            w, w.limits.max_items == limits.max_items, "max_items",
+            w, "max_items",
             f"{rows_without_bytes(array):.0f} items without bytes, "
             f"{w.limits.max_items} are allowed",
         )
     if not inside and nbytes > <int64_t>w.limits.max_payload_bytes - w.payload_nbytes:
         raise excess(
-            w, w.limits.max_payload_bytes == limits.max_payload_bytes, "max_payload_bytes",
-            f"the arrays exceed {w.limits.max_payload_bytes} bytes",
+            w, "max_payload_bytes", f"the arrays exceed {w.limits.max_payload_bytes} bytes",
             f": they have {w.payload_nbytes + nbytes} or more",
         )
     if not cnp.PyArray_IS_C_CONTIGUOUS(array):
@@ -674,8 +669,8 @@ cdef int put_buffer(Writer *w, cnp.ndarray array, cnp.npy_intp nbytes) except -1
     arrays = <list>w.arrays
     if len(arrays) >= w.limits.max_buffers:
         raise excess(
-            w, w.limits.max_buffers == limits.max_buffers, "max_buffers",
-            f"more than {w.limits.max_buffers} large arrays in one message", "", "join them, or ",
+            w, "max_buffers", f"more than {w.limits.max_buffers} large arrays in one message",
+            "", "join them, or ",
         )
     flat = cnp.PyArray_SimpleNewFromData(1, &nbytes, cnp.NPY_UINT8, cnp.PyArray_DATA(array))
     cnp.set_array_base(flat, array)
