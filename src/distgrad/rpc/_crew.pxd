@@ -32,7 +32,7 @@ cdef class Waiter:
     cdef Sleep sleep               # whether it sleeps
     cdef int bell                  # by which it sleeps, see transport/_wait.h
 
-    cpdef wake(self)
+    cdef int wake(self) except -1
 
 
 cdef class Job:

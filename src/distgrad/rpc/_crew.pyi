@@ -12,7 +12,7 @@ from distgrad.transport._poller import Poller
 
 @final
 class Waiter:
-    def wake(self) -> None: ...
+    def __call__(self) -> None: ...
 
 @disjoint_base
 class Job:

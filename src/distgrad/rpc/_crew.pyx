@@ -71,15 +71,20 @@ cdef object _log = logging.getLogger("distgrad")
 cdef class Waiter:
     """A thread that waits for a future."""
 
-    cpdef wake(self):
+    def __call__(self):
+        """Wake the thread: the future that it waits for is done."""
+        self.wake()
+
+    cdef int wake(self) except -1:
         """See to it that the thread, if it sleeps, is roused (C7, C8)."""
         if self.sleep != ASLEEP:
-            return
+            return 0
         if self.crew.takes_in_here():
             self.sleep = READY
             self.crew.ready.append(self)
         else:
             ring_bell(self.crew.rouse_later(self))
+        return 0
 
 
 cdef class Job:
@@ -348,9 +353,8 @@ cdef class CrewCore(Desk):
 
     cdef int follow(self, Waiter waiter, Future future, double deadline) except -1:
         cdef bint interrupted = False
-        wake = waiter.wake
         waiter.sleep = ASLEEP
-        if not future.add_waiter(wake):
+        if not future.add_waiter(waiter):
             return self.get_up(waiter)
         self.followers[waiter] = None
         try:
@@ -361,7 +365,7 @@ cdef class CrewCore(Desk):
                     self.call_hands()       # as in lead
                 interrupted = self.sleep(waiter, deadline)
         finally:
-            future.drop_waiter(wake)
+            future.drop_waiter(waiter)
             self.unfollow(waiter, False)
             self.get_up(waiter)
         if interrupted:     # a signal handler may wait itself: nobody must count on this waiter

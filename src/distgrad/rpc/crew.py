@@ -129,7 +129,7 @@ class Crew(CrewCore):
         while self._spares:
             self._spares.popleft().put(False)
         for waiter in list(self.followers):
-            waiter.wake()
+            waiter()
         self.rouse_ready()
         until = time.monotonic() + timeout_s
         for thread in list(self._threads):
