@@ -32,6 +32,7 @@ MODULES = {
     "distgrad.transport._outlet": "src/distgrad/transport/_outlet.pyx",
     "distgrad.transport._lane": "src/distgrad/transport/_lane.pyx",
     "distgrad.transport._stream": "src/distgrad/transport/_stream.pyx",
+    "distgrad.autograd._current": "src/distgrad/autograd/_current.pyx",
     "distgrad.autograd._lock": "src/distgrad/autograd/_lock.pyx",
     "distgrad.rpc._leader": "src/distgrad/rpc/_leader.pyx",
     "distgrad.rpc._pulse": "src/distgrad/rpc/_pulse.pyx",
@@ -48,6 +49,7 @@ MODULES = {
     "distgrad.autograd.functions": "src/distgrad/autograd/functions.py",
     "distgrad.autograd.context": "src/distgrad/autograd/context.py",
     "distgrad.autograd.tombstones": "src/distgrad/autograd/tombstones.py",
+    "distgrad.autograd.roots": "src/distgrad/autograd/roots.py",
     "distgrad.autograd.recording": "src/distgrad/autograd/recording.py",
     "distgrad.autograd.engine": "src/distgrad/autograd/engine.py",
 }

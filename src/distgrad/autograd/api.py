@@ -7,7 +7,8 @@ from typing import Any
 
 from distgrad._core import GradientTable, Tensor
 from distgrad.autograd import collecting, waiting  # noqa: F401  expose what others ask for
-from distgrad.autograd.context import DistAutogradContext, current
+from distgrad.autograd._current import current
+from distgrad.autograd.context import DistAutogradContext
 from distgrad.autograd.engine import Engine
 from distgrad.autograd.recording import Recorder
 from distgrad.errors import ContextError

@@ -1,6 +1,9 @@
 # Types for the compiled build of context.py; the module also runs as plain Python.
 
+from distgrad.autograd._current cimport CurrentPart
 from distgrad.autograd.part cimport Part, Run
+
+cdef CurrentPart current
 
 
 cdef class ContextPart(Part):

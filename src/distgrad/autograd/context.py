@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from weakref import ref
 
 from distgrad._core import GradientTable, Tensor
+from distgrad.autograd._current import current
 from distgrad.autograd.functions import RecvRpcBackward, SendRpcBackward
 from distgrad.autograd.part import Host, Part, Run
 from distgrad.rpc import register_type
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from distgrad.autograd.engine import Engine
 
-__all__ = ["ContextPart", "DistAutogradContext", "current"]
+__all__ = ["ContextPart", "DistAutogradContext"]
 
 
 class ContextPart(Part):
@@ -46,15 +46,14 @@ class ContextPart(Part):
     def drain(self, run: Run) -> None:
         """Take the events of a pass; hooks and rules that make calls stay in the context."""
         outer = current.get()
+        if outer is self:
+            Part.drain(self, run)
+            return
         current.set(self)
         try:
             Part.drain(self, run)
         finally:
             current.set(outer)
-
-
-#: The context of the current thread or task, as the part of its worker.
-current: ContextVar[ContextPart | None] = ContextVar("distgrad_autograd_context", default=None)
 
 
 class DistAutogradContext(int):

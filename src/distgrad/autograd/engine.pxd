@@ -2,9 +2,11 @@
 
 cimport cython
 
+from distgrad._codec cimport Frame
 from distgrad.autograd._lock cimport Lock
 from distgrad.autograd.context cimport ContextPart
 from distgrad.autograd.part cimport Part, Run
+from distgrad.autograd.tombstones cimport Tombstones
 from distgrad.rpc._exchange cimport Exchange
 
 
@@ -17,7 +19,7 @@ cdef class Engine:
     cdef public object _context_ids
     cdef public object _pass_ids
     cdef public object _newest          # id of the context made last
-    cdef public object _released        # Tombstones
+    cdef public Tombstones _released    # ids of contexts that are finished
     cdef public Lock _lock              # guards parts and _released where both change
     cdef Exchange _agent                # sends, and runs what is scheduled
     cpdef new_context(self)
@@ -38,4 +40,4 @@ cdef class Engine:
     cpdef build(self, Part part, Run run, sends)
 
     @cython.locals(part=ContextPart)
-    cpdef _on_pass_message(self, worker, sender, frame, body)
+    cpdef _on_pass_message(self, worker, sender, Frame frame, body)

@@ -2,9 +2,12 @@
 
 cimport cython
 
+from distgrad.autograd._current cimport CurrentPart
 from distgrad.autograd.context cimport ContextPart
 from distgrad.autograd.engine cimport Engine
 from distgrad.autograd.functions cimport RecvRpcBackward
+
+cdef CurrentPart current
 
 
 cdef class Recorder:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from distgrad._core import is_grad_enabled, set_history
-from distgrad.autograd.context import current
+from distgrad.autograd._current import current
 from distgrad.autograd.functions import RecvRpcBackward, SendRpcBackward
 
 if TYPE_CHECKING:

@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """Where a pass starts, and the error with which it may end."""
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from distgrad.autograd.context import current
+from distgrad.autograd._current import current
 from distgrad.message import Call
 from distgrad.rpc import Future, Worker, current_worker, deadline, expose
 from distgrad.rpc.exposure import name_of
