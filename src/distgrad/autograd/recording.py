@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from distgrad._core import is_grad_enabled, set_history
+from distgrad._core import set_history
 from distgrad.autograd._current import current
 from distgrad.autograd.functions import RecvRpcBackward, SendRpcBackward
 
@@ -42,7 +42,7 @@ class Recorder:
         if part is None or part.host is not self._engine:
             return 0, 0
         if part.released:
-            if tensors and is_grad_enabled():
+            if tensors:
                 self._engine.refuse_orphan(part.context_id)
             return 0, 0
         context_id = part.context_id
@@ -50,7 +50,7 @@ class Recorder:
         if part.table.owes:
             for end in part.table.ends_for(to_id):
                 worker.post(to_id, end, context_id=context_id)
-        if not tensors or not is_grad_enabled():
+        if not tensors:
             return context_id, 0
         message_id = next(self._engine.message_ids)
         node = SendRpcBackward(tensors, message_id, to_id, what, is_response)

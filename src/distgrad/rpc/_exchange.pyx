@@ -344,6 +344,7 @@ cdef class Exchange:
     cdef int compose(self, RpcFuture future, Outgoing message, Session session) except -1:
         """Fill in the header; the autograd hook records the message."""
         cdef double micros
+        cdef bint records = grad_enabled()
         message.request_id = future.request_id
         message.chain = future.chain
         if future.timeout > 0.0:
@@ -353,11 +354,11 @@ cdef class Exchange:
         hook = self.hook
         if hook is not None:
             future.context_id, future.message_id = hook.outgoing(
-                self.worker, future.peer, session.tensors, False, future.what
+                self.worker, future.peer, session.tensors if records else [], False, future.what
             )
             message.context_id = future.context_id
             message.message_id = future.message_id
-        message.no_grad = not grad_enabled()
+        message.no_grad = not records
         message.overtakes = message.kind == CALL and stands_alone(message, session)
         return 0
 
@@ -484,7 +485,7 @@ cdef class Exchange:
         try:
             message = encode_message(REPLY, (value,), session, bounds_of(self, to))
             hook = self.hook
-            if hook is not None and session.tensors:
+            if hook is not None and session.tensors and grad_enabled():
                 message.context_id, message.message_id = hook.outgoing(
                     self.worker, to, session.tensors, True, what
                 )

@@ -36,7 +36,8 @@ class PayloadHook(Protocol):
         to_id
             Id of the receiver.
         tensors
-            The tensors of the message that require grad, each once, in slot order.
+            The tensors of the message that require grad, each once, in slot order; none
+            under `no_grad`.
         is_response
             Whether the message answers a request.
         what
