@@ -602,6 +602,8 @@ cdef class GraphTask:
         cdef Visit *visit = &self.visits[index]
         cdef Node node = <Node>visit.node
         cdef list grads
+        cdef bint none = True
+        cdef int i
         if node.n_slots == 1 and node.hooks is None and self.wanted is None:
             if type(node) is OpNode:
                 gradient = self.take(visit.first_slot)
@@ -613,8 +615,12 @@ cdef class GraphTask:
                 if gradient is None:
                     return 0
                 return accumulate(<AccumulateGrad>node, <PyObject *>gradient, self.table)
-        grads = [self.take(visit.first_slot + i) for i in range(node.n_slots)]
-        if all([gradient is None for gradient in grads]):
+        grads = []
+        for i in range(node.n_slots):
+            gradient = self.take(visit.first_slot + i)
+            none = none and gradient is None
+            grads.append(gradient)
+        if none:
             if node.boundary:
                 self.complete.append((node, None))
             if type(node) is AccumulateGrad and node.hooks is not None:
