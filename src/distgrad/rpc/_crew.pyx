@@ -31,8 +31,8 @@ import contextlib
 import logging
 from collections import deque
 
-from cpython.exc cimport PyErr_CheckSignals
 from cpython.contextvars cimport PyContext_Enter, PyContext_Exit, PyContext_New
+from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EINTR
 from libc.math cimport INFINITY
 
@@ -306,7 +306,6 @@ cdef class CrewCore(Desk):
             self.awaited = None
             self.leader_thread = 0
             self.pass_on()
-            self.rouse_ready()
         return 0
 
     cdef int lead_resident(self) except -1:
@@ -320,7 +319,6 @@ cdef class CrewCore(Desk):
             self.resident_leads = False
             self.leader_thread = 0
             self.hand_on()
-            self.rouse_ready()
         return 0
 
     cdef int poll_once(self, double deadline) except -1:
@@ -466,6 +464,7 @@ cdef class CrewCore(Desk):
         return 0
 
     cdef int hand_on(self) except -1:
+        """Give the role up, to somebody if there is one; the others that are ready wake too."""
         cdef Waiter heir
         if not self.followers:
             self.leadership.leave()
@@ -478,7 +477,7 @@ cdef class CrewCore(Desk):
             self.ready.remove(heir)
         if heir.sleep != ROUSED:
             ring_bell(self.rouse_later(heir))
-        return 0
+        return self.rouse_ready()
 
     # --- tasks -----------------------------------------------------------------------------
 
