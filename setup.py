@@ -89,6 +89,7 @@ if TRACE:
     macros += [("CYTHON_TRACE_NOGIL", "1"), ("CYTHON_USE_SYS_MONITORING", "0")]
 flags = ["-O0", "-g"] if DEBUG else ["-O3"]
 flags += ["-ffp-contract=off"]  # results must not depend on the processor
+flags += ["-fno-plt"]  # a pass calls the interpreter thousands of times: without stubs
 if PROFILE:
     flags += ["-g", "-fno-omit-frame-pointer"]
 links = []
