@@ -6,7 +6,7 @@ from harness import Case, System, main
 
 CASES = [
     Case("sends_1000", "1 000 calls in one context to one worker, one backward"),
-    Case("threads_20", "20 threads, each 5 contexts with a call to each of 3 workers"),
+    Case("threads_20", "20 threads, each 5 contexts with a call to each of 3 workers", fresh=True),
 ]
 SYSTEMS = [
     System("distgrad", ["contexts_distgrad.py", "unix"]),

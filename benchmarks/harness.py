@@ -40,6 +40,10 @@ class Case:
         Nodes, calls, or bytes each way, of one repetition.
     systems
         Prefixes of the names of the only systems that do it, where others would take minutes.
+    fresh
+        Start the processes anew for every round. Where a scheduler once put many threads, they
+        stay: a quarter of the time more or less for as long as the processes live, so that the
+        rounds of the same processes would not be independent.
     """
 
     key: str
@@ -47,6 +51,7 @@ class Case:
     unit: str = "µs"
     amount: float = 1
     systems: tuple[str, ...] = ("",)
+    fresh: bool = False
 
     def show(self, seconds: float) -> str:
         if self.unit == "µs":
@@ -175,6 +180,8 @@ def measure_all(measurements: Measurements, budget_s: float) -> None:
         for turn in range(measurements.rounds + 1):
             for system in list(able):
                 try:
+                    if case.fresh and turn > 0:
+                        system.restart()
                     answer = system.measure(case.key, budget_s)
                 except (RuntimeError, OSError) as error:
                     measurements.drop(case, system, error)

@@ -46,9 +46,11 @@ class System:
     missing: str = ""
     cases: frozenset[str] = frozenset()
     talk: Conversation | None = field(default=None, repr=False)
+    torch_python: str = ""
 
     def start(self, torch_python: str) -> None:
         """Start the peer and wait until it has said what it is, or note why it is missing."""
+        self.torch_python = torch_python
         if self.mpi and find_mpiexec() is None:
             self.missing = "no mpiexec beside the interpreter or on the PATH"
             return
@@ -90,6 +92,11 @@ class System:
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return answer
+
+    def restart(self) -> None:
+        """Go on with a new peer."""
+        self.stop()
+        self.start(self.torch_python)
 
     def stop(self) -> None:
         if self.talk is not None:
