@@ -58,7 +58,6 @@ cdef class CrewCore(Desk):
     cdef readonly object backlog   # deque of tasks for serving threads
     cdef readonly dict followers   # the Waiters that sleep, oldest first -> None
     cdef object ready              # deque of those among them that are READY
-    cdef int num_roused            # how many are ROUSED
     cdef double stretch_s          # how long a thread takes from being roused to its next wait
     cdef dict innermost            # chain -> the Waiter that may run its tasks
     cdef public bint watched       # a thread watches
@@ -91,6 +90,7 @@ cdef class CrewCore(Desk):
     cdef int hand_on(self) except -1
     cdef int unfollow(self, Waiter waiter, bint keep_role) except -1
     cdef int pass_on(self) except -1
+    cdef int set_pace(self, bint turns) except -1
     cdef int accept(self, object task, object chain) except -1
     cdef int give(self, Waiter waiter, object task) except -1
     cdef int enqueue(self, object task) except -1

@@ -61,6 +61,7 @@ cdef extern from "pythread.h" nogil:
 
 cdef double LONGEST_S = 3600.0     # of one poll
 cdef double ASLEEP_S = 0.5         # a thread that was to look again at once did not run meanwhile
+cdef double LONGEST_LOOK = 16.0    # times the grace period, between two looks of the watcher
 cdef double BRISK_S = 100e-6       # of stretches between waits that leave the next time to wait
 
 cdef object _log = logging.getLogger("distgrad")
@@ -394,7 +395,7 @@ cdef class CrewCore(Desk):
     cdef int get_up(self, Waiter waiter) except -1:
         global up_since
         if waiter.sleep == ROUSED:
-            self.num_roused -= 1
+            self.leadership.note_arrived()
             up_since = now_s()
         elif waiter.sleep == READY:
             self.ready.remove(waiter)
@@ -415,7 +416,7 @@ cdef class CrewCore(Desk):
 
     cdef bint somebody_comes(self) except -1:
         """Whether the calling thread, if it waits, is to sleep: another will poll."""
-        return (self.num_roused > 0 or len(self.ready) > 0) and self.take_turns()
+        return (self.leadership.coming > 0 or len(self.ready) > 0) and self.take_turns()
 
     cdef int note_stretch(self) except -1:
         """Take in how long this thread did something else between two waits."""
@@ -435,8 +436,7 @@ cdef class CrewCore(Desk):
     cdef int *rouse_later(self, Waiter waiter) noexcept:
         """Note that a thread is roused; return the bell to be rung for it."""
         waiter.sleep = ROUSED
-        self.num_roused += 1
-        self.leadership.excuse()
+        self.leadership.expect()
         return &waiter.bell
 
     cdef bint leads_after_all(self, Waiter waiter) except -1:
@@ -457,10 +457,18 @@ cdef class CrewCore(Desk):
 
     cdef int pass_on(self) except -1:
         """Give the role up, to somebody or, where threads take turns, nobody (C3)."""
-        if not self.take_turns():
+        cdef bint turns = self.take_turns()
+        self.set_pace(turns)
+        if not turns:
             return self.hand_on()
-        self.leadership.grace_s = min(BRISK_S, config.grace_us * 1e-6)
         self.leadership.leave()
+        return 0
+
+    cdef int set_pace(self, bint turns) except -1:
+        """Say how soon the watcher is to step in; the more so if ready threads wait for it."""
+        cdef double grace_s = config.grace_us * 1e-6
+        self.leadership.grace_s = min(BRISK_S, grace_s) if turns else grace_s
+        self.leadership.longest_s = 0.0 if turns else LONGEST_LOOK * grace_s
         return 0
 
     cdef int hand_on(self) except -1:
@@ -469,7 +477,6 @@ cdef class CrewCore(Desk):
         if not self.followers:
             self.leadership.leave()
             return 0
-        self.leadership.grace_s = config.grace_us * 1e-6
         heir = next(iter(self.followers))
         del self.followers[heir]
         heir.leads = True
@@ -509,7 +516,7 @@ cdef class CrewCore(Desk):
 
     cdef int enqueue(self, object task) except -1:
         self.backlog.append(task)
-        self.leadership.work = 1
+        self.leadership.note_work()
         if not self.takes_in_here():
             self.call_hands()
         return 0
@@ -595,7 +602,7 @@ cdef class CrewCore(Desk):
             elif not self.watched:
                 self.watched = True
                 try:
-                    self.leadership.grace_s = config.grace_us * 1e-6
+                    self.set_pace(False)
                     self.leadership.watch()
                 finally:
                     self.watched = False
@@ -603,8 +610,9 @@ cdef class CrewCore(Desk):
                 return
 
     cdef object take(self):
-        if self.backlog:
-            self.leadership.taken += 1
-            return self.backlog.popleft()
-        self.leadership.work = 0
-        return None
+        if not self.backlog:
+            self.leadership.note_taken(False)   # this thread was woken for nothing
+            return None
+        task = self.backlog.popleft()
+        self.leadership.note_taken(len(self.backlog) > 0)
+        return task

@@ -6,9 +6,9 @@ from distgrad.transport._poller import Poller
 
 @disjoint_base
 class Leadership:
-    work: int
     grace_s: float
-    taken: int
+    longest_s: float
+    looks: int
     def __new__(cls, poller: Poller) -> Self: ...
     def try_lead(self) -> bool: ...
     def leave(self) -> None: ...

@@ -1,17 +1,11 @@
 """The poll role of a worker, and the watch over it (leader/follower)."""
 
-from libc.errno cimport EINTR, errno
-from libc.time cimport time_t
+from libc.math cimport INFINITY
 
-cdef extern from "<time.h>" nogil:
-    cdef struct timespec:
-        time_t tv_sec
-        long tv_nsec
-    int CLOCK_REALTIME
-    int clock_gettime(int clock, timespec *now)
-
-cdef extern from "<semaphore.h>" nogil:
-    int sem_timedwait(sem_t *sem, const timespec *until)
+cdef extern from "transport/_wait.h":
+    double now_s "distgrad_now"() noexcept nogil
+    void ring_bell "distgrad_ring_bell"(int *bell) noexcept nogil
+    int sleep_by_bell "distgrad_sleep_by_bell"(int *bell, double until_s) noexcept nogil
 
 cdef extern from *:
     """
@@ -19,12 +13,8 @@ cdef extern from *:
     """
     void distgrad_fence() noexcept nogil
 
-# What one tick of the watcher saw.
-cdef enum Tick:
-    RANG = 0        # the bell was rung
-    IN_USE = 1      # the role was held or changed hands
-    FREE = 2        # nobody took the role for a whole grace period
-    ASLEEP = 3      # the leader sleeps in the kernel
+cdef double SHARE = 1.0 / 16.0      # of the time without need that may pass before the next look
+cdef double ON_THE_WAY_S = 5e-3     # a thread may need for a processor and the GIL
 
 
 cdef class Leadership:
@@ -38,79 +28,99 @@ cdef class Leadership:
 
     def __cinit__(self, Poller poller not None):
         self.poller = poller
-        if sem_init(&self.bell, 0, 0) != 0:
-            raise OSError("cannot create a semaphore")
-
-    def __dealloc__(self):
-        sem_destroy(&self.bell)
+        self.freed_at = self.calm_since = now_s()
 
     cpdef bint try_lead(self) noexcept:
         """Take the role if it is free. Never blocks."""
         if self.held:
             return False
         self.held = 1
-        self.epoch += 1
         return True
 
     cpdef void leave(self) noexcept:
         """Give the role up; rings the watcher if it sleeps without a limit."""
+        self.freed_at = now_s()
         self.held = 0
         distgrad_fence()
         if self.dormant:
             self.dormant = 0
-            sem_post(&self.bell)
+            ring_bell(&self.bell)
 
-    cdef void excuse(self) noexcept:
-        """Let the role lie free for another grace period: a thread is about to take it."""
-        self.epoch += 1
+    cdef void expect(self) noexcept:
+        """Note that a thread was roused, and will see to the role unless it lies free for long."""
+        self.coming += 1
+
+    cdef void note_arrived(self) noexcept:
+        """Note that a thread that was roused runs; the grace period begins anew."""
+        self.coming -= 1
+        self.freed_at = now_s()
+
+    cdef void note_work(self) noexcept:
+        """Note that a task waits for a serving thread."""
+        if not self.work:
+            self.taken_at = now_s()
+            self.work = 1
+
+    cdef void note_taken(self, bint more) noexcept:
+        """Note that a serving thread took one, and whether there are more."""
+        self.taken_at = now_s()
+        self.work = more
 
     cpdef void ring(self) noexcept:
         """Wake the watcher: there is work for it."""
         self.rung = 1
-        sem_post(&self.bell)
+        ring_bell(&self.bell)
 
     def close(self) -> None:
         """End watching for good."""
         self.closed = 1
-        sem_post(&self.bell)
+        ring_bell(&self.bell)
 
     def watch(self) -> None:
         """Block until the role lay free for `grace_s` seconds or the bell rings.
 
-        Runs without the GIL, so that a tick never disturbs a thread that computes.
+        Runs without the GIL, so that a look never disturbs a thread that computes.
         """
-        cdef int seen = IN_USE
+        cdef double now, due, rest_s
+        cdef bint rested = False    # then a role that is free may be so since just now
         with nogil:
-            while not self.closed and seen == IN_USE:
-                seen = self._tick()
-                if seen == ASLEEP:
+            while not self.closed and not self.rung:
+                self.looks += 1
+                if self.held and self.poller.sleeping and not self.work:
                     self._sleep()
-                    seen = IN_USE
+                    continue
+                now = now_s()
+                due = self._due()
+                if due <= now:
+                    break
+                rest_s = max(min(SHARE * (now - self.calm_since), self.longest_s), self.grace_s)
+                rested = due == INFINITY or not (rested or rest_s <= self.grace_s)
+                self._pause(now + rest_s if rested else min(due, now + rest_s))
+        # While this thread waited for the GIL another may have come: one that had it, but no
+        # processor. It was not needed then.
+        if not self.rung and (not self.held or self.work):
+            self.calm_since = now_s()
         self.rung = 0
+
+    cdef double _due(self) noexcept nogil:
+        """Return when the watcher has to step in, if nothing happens until then."""
+        cdef double due = INFINITY
+        if not self.held:
+            due = self.freed_at + (max(self.grace_s, ON_THE_WAY_S) if self.coming else self.grace_s)
+        if self.work:
+            due = min(due, self.taken_at + self.grace_s)
+        return due
 
     cdef void _sleep(self) noexcept nogil:
         # No time limit: the leader polls, and whoever ends that rings the bell.
         self.dormant = 1
         distgrad_fence()
         if self.held and self.poller.sleeping and not self.work and not self.rung:
-            while sem_wait(&self.bell) != 0 and errno == EINTR:
-                pass
+            self._pause(INFINITY)
         self.dormant = 0
 
-    cdef int _tick(self) noexcept nogil:
-        cdef unsigned long before = self.epoch, taken = self.taken
-        cdef timespec until
-        if self.rung:
-            return RANG
-        if self.held and self.poller.sleeping and not self.work:
-            return ASLEEP
-        clock_gettime(CLOCK_REALTIME, &until)
-        until.tv_nsec += <long>(self.grace_s * 1e9)
-        until.tv_sec += until.tv_nsec // 1000000000
-        until.tv_nsec %= 1000000000
-        while sem_timedwait(&self.bell, &until) != 0:
-            if errno != EINTR:
-                if self.work and self.taken == taken:
-                    return RANG
-                return IN_USE if self.held or self.epoch != before else FREE
-        return RANG if self.rung else IN_USE
+    cdef void _pause(self, double until_s) noexcept nogil:
+        """Sleep until the bell is rung, or a time; whoever rings has said why before."""
+        sleep_by_bell(&self.bell, until_s)
+        self.bell = 0
+        distgrad_fence()

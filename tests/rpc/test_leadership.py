@@ -1,0 +1,88 @@
+"""The watch over the poll role: what ends it, and how often it looks meanwhile."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from distgrad.rpc._leader import Leadership
+from distgrad.transport._poller import Poller
+
+GRACE_S = 200e-6
+
+
+@pytest.fixture
+def leadership() -> Leadership:
+    leadership = Leadership(Poller())
+    leadership.grace_s = GRACE_S
+    leadership.longest_s = 16 * GRACE_S
+    return leadership
+
+
+class Watch:
+    """A thread that watches until something ends that."""
+
+    def __init__(self, watch: Callable[[], None]) -> None:
+        self.thread = threading.Thread(target=watch, daemon=True)
+        self.thread.start()
+
+    def ended(self, within_s: float = 20.0) -> bool:
+        self.thread.join(within_s)
+        return not self.thread.is_alive()
+
+
+def test_a_role_that_lies_free_ends_the_watch(leadership: Leadership) -> None:
+    assert Watch(leadership.watch).ended()
+
+
+def test_a_role_that_is_held_does_not(leadership: Leadership) -> None:
+    assert leadership.try_lead()
+    watch = Watch(leadership.watch)
+    assert not watch.ended(within_s=0.05)
+    leadership.leave()
+    assert watch.ended()
+
+
+@pytest.mark.parametrize("end", [Leadership.ring, Leadership.close])
+def test_the_bell_ends_it_while_the_role_is_held(
+    leadership: Leadership, end: Callable[[Leadership], None]
+) -> None:
+    assert leadership.try_lead()
+    watch = Watch(leadership.watch)
+    end(leadership)
+    assert watch.ended()
+
+
+def test_looks_become_rare_while_the_role_changes_hands(leadership: Leadership) -> None:
+    closed = threading.Event()
+
+    def keep_watching() -> None:
+        while not closed.is_set():
+            leadership.watch()
+
+    watch = Watch(keep_watching)
+    span_s = 0.4
+    end = time.monotonic() + span_s
+    while time.monotonic() < end:
+        assert leadership.try_lead()
+        leadership.leave()
+    looks = leadership.looks
+    closed.set()
+    leadership.close()
+    assert watch.ended()
+    assert 0 < looks < span_s / GRACE_S / 2
+
+
+def test_looks_stay_frequent_where_they_must(leadership: Leadership) -> None:
+    leadership.longest_s = 0.0
+    assert leadership.try_lead()
+    watch = Watch(leadership.watch)
+    deadline = time.monotonic() + 20.0
+    while leadership.looks < 200 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert leadership.looks >= 200
+    leadership.close()
+    assert watch.ended()
