@@ -44,6 +44,7 @@ class SendRpcBackward(Node):
         what: object = "",
         is_response: bool = False,
     ) -> None:
+        self.passes_on = True
         self._link(tensors, len(tensors))  # as super().__init__ does, without a list of edges
         self.message_id = message_id
         self.peer = peer

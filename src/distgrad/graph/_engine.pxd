@@ -46,6 +46,7 @@ cdef class GraphTask:
     cdef GradientTable table
     cdef bint retain
     cdef bint create
+    cdef object mode                # token of the grad mode that run set; None until it does
     cdef readonly list captured     # gradients of inputs=
     cdef readonly str failed_node
     cdef readonly str failed_site   # where that node was recorded (config.trace_graph), or ""
@@ -63,6 +64,7 @@ cdef class GraphTask:
     cdef int hold_sums(self, list starts) except -1
     cdef int slot_of(self, int index, int k) noexcept
     cdef int seed(self, list starts) except -1
+    cdef int set_mode(self) except -1
     cdef int blame(self, Node node, object error) except -1
     cdef int enqueue_if_ready(self, int index) except -1
     cdef int pop(self) noexcept

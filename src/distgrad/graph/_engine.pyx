@@ -13,8 +13,8 @@ from cpython.ref cimport Py_INCREF, Py_XDECREF
 from cpython.tuple cimport PyTuple_GET_ITEM
 
 from distgrad.graph._gradient cimport (
-    accumulate, add_gradients, condense, fit, own, scaled, sort_gradients, spread_out,
-    store_gradient,
+    accumulate, add_gradients, condense, fill, fit, one_like, own, scaled, sort_gradients,
+    spread_out, store_gradient,
 )
 from distgrad.graph._kernels cimport GETITEM, RESHAPE, SUM, filled, small_gradient
 from distgrad.graph._node cimport (
@@ -455,7 +455,8 @@ cdef class GraphTask:
             takes it so.
         """
         cdef int steps = 0, index = -1
-        mode = PyContextVar_Set(grad_mode, bool(self.create))
+        if self.create:
+            self.set_mode()
         try:
             while self.n_heap:
                 index = self.pop()
@@ -468,10 +469,18 @@ cdef class GraphTask:
             self.blame(<Node>self.visits[index].node, error)
             raise
         finally:
-            PyContextVar_Reset(grad_mode, mode)
+            if self.mode is not None:
+                PyContextVar_Reset(grad_mode, self.mode)
+                self.mode = None
         complete = self.complete
         self.complete = []
         return complete
+
+    cdef int set_mode(self) except -1:
+        """Say whether operations are recorded: before code that may have some (hooks, rules)."""
+        if self.mode is None:
+            self.mode = PyContextVar_Set(grad_mode, bool(self.create))
+        return 0
 
     cdef int blame(self, Node node, object error) except -1:
         """Note at which node the pass failed, and where that was recorded if it is known."""
@@ -615,6 +624,10 @@ cdef class GraphTask:
                 if gradient is None:
                     return 0
                 return accumulate(<AccumulateGrad>node, <PyObject *>gradient, self.table)
+            if node.passes_on:
+                return self.contribute(index, 0, self.take(visit.first_slot))
+        if node.hooks is not None or type(node) is AccumulateGrad:
+            self.set_mode()
         grads = []
         for i in range(node.n_slots):
             gradient = self.take(visit.first_slot + i)
@@ -682,6 +695,7 @@ cdef class GraphTask:
     cdef int run_apply(self, int index, Node node, list grads) except -1:
         """A node written in Python."""
         cdef int k
+        self.set_mode()
         if node.writes:
             own(grads)
         results = node.apply(tuple(grads))
@@ -759,6 +773,7 @@ cdef class GraphTask:
             add_specs(node, stack, keep)
         if node.kwargs is not None:
             kwargs = <PyObject *>node.kwargs
+        self.set_mode()
         if node.op.variadic is not None:
             position = argument
             stack[0] = <PyObject *>position
@@ -808,28 +823,6 @@ cdef bint is_place(object index) except -1:
                 return False
         return True
     return type(index) is int or type(index) is slice
-
-
-cdef object fill(Node node, list grads):
-    """Gradients of all outputs of an operation with several: zeros where none arrived."""
-    cdef int i
-    return tuple([
-        np.zeros(meta_shape(&node.slots[i]), meta_dtype(&node.slots[i]))
-        if gradient is None and node.slots[i].ndim >= 0 else gradient
-        for i, gradient in enumerate(grads)
-    ])
-
-
-cdef object one_like(cnp.ndarray array):
-    cdef cnp.ndarray one = cnp.PyArray_ZEROS(
-        cnp.PyArray_NDIM(array), cnp.PyArray_DIMS(array), cnp.PyArray_TYPE(array), 0)
-    if cnp.PyArray_TYPE(one) == cnp.NPY_FLOAT64:
-        (<double *>cnp.PyArray_DATA(one))[0] = 1
-    elif cnp.PyArray_TYPE(one) == cnp.NPY_FLOAT32:
-        (<float *>cnp.PyArray_DATA(one))[0] = 1
-    else:
-        (<object>one).fill(1)
-    return one
 
 
 cdef GraphTask local_pass(list roots, object retain_graph, bint create_graph, object inputs):

@@ -1,5 +1,6 @@
 """Gradients: brought into shape, added up, and stored at leaves."""
 
+cimport numpy as cnp
 from cpython.object cimport PyObject
 
 from distgrad.graph._kernels cimport Kernel
@@ -14,6 +15,8 @@ cdef int own(list gradients) except -1
 cdef object sum_axes(object gradient, tuple shape)
 cdef object fit(object gradient, Meta *meta, Node node, bint create)
 cdef object condense(object gradient)
+cdef object fill(Node node, list grads)
+cdef object one_like(cnp.ndarray array)
 cdef object scaled(Kernel kernel, int argument, object gradient, object x, object y)
 cdef object spread_out(object gradient, Meta *meta)
 cdef object add_gradients(PyObject *first, PyObject *second, bint create)

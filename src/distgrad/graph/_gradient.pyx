@@ -333,6 +333,29 @@ cdef int tabulate(GradientTable table, TensorBase leaf, PyObject *gradient) exce
     return 0
 
 
+cdef object fill(Node node, list grads):
+    """Gradients of all outputs of an operation with several: zeros where none arrived."""
+    cdef int i
+    return tuple([
+        np.zeros(meta_shape(&node.slots[i]), meta_dtype(&node.slots[i]))
+        if gradient is None and node.slots[i].ndim >= 0 else gradient
+        for i, gradient in enumerate(grads)
+    ])
+
+
+cdef object one_like(cnp.ndarray array):
+    """The gradient of an array with one element with respect to itself."""
+    cdef cnp.ndarray one = cnp.PyArray_ZEROS(
+        cnp.PyArray_NDIM(array), cnp.PyArray_DIMS(array), cnp.PyArray_TYPE(array), 0)
+    if cnp.PyArray_TYPE(one) == cnp.NPY_FLOAT64:
+        (<double *>cnp.PyArray_DATA(one))[0] = 1
+    elif cnp.PyArray_TYPE(one) == cnp.NPY_FLOAT32:
+        (<float *>cnp.PyArray_DATA(one))[0] = 1
+    else:
+        (<object>one).fill(1)
+    return one
+
+
 cdef int accumulate(AccumulateGrad node, PyObject *gradient, GradientTable table) except -1:
     """Add a gradient of a leaf to the table, or to ``.grad`` without one."""
     if not PyThread_acquire_lock(node.lock, 0):

@@ -32,6 +32,7 @@ class RemovableHandle:
 @disjoint_base
 class Node:
     boundary: bool
+    passes_on: bool
     writes: bool
     def __init__(
         self, edges: Sequence[tuple[Node | None, int]] = (), num_inputs: int = 1
