@@ -9,4 +9,5 @@ cdef CurrentPart current
 cdef class ContextPart(Part):
     cdef public object gradients    # GradientTable: of the leaves of this worker
     cdef public list roots          # weak references to those of the last pass started here
+    cpdef resume(self, Run run)
     cpdef drain(self, Run run)

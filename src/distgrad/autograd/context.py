@@ -43,6 +43,11 @@ class ContextPart(Part):
         self.gradients = GradientTable()
         self.roots: list[ref[Tensor]] = []
 
+    def resume(self, run: Run) -> None:
+        """Take the events of a pass in a `contextvars.Context` that nobody needs afterwards."""
+        current.set(self)
+        Part.drain(self, run)
+
     def drain(self, run: Run) -> None:
         """Take the events of a pass; hooks and rules that make calls stay in the context."""
         outer = current.get()

@@ -46,6 +46,8 @@ cdef class Part:
     cpdef _tell_begun(self, str method, tuple args)
     cpdef _queue(self, Run run, str method, tuple args)
 
+    cpdef resume(self, Run run)
+
     @cython.locals(events=list, snapshot=tuple, over=bint)
     cpdef drain(self, Run run)
     cpdef tuple _snapshot(self, Run run)

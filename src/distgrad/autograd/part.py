@@ -112,7 +112,7 @@ class Run(BackwardPass):
         """Take the events; what `Host.schedule` has called."""
         part = self.part
         assert part is not None
-        part.drain(self)
+        part.resume(self)
 
 
 class Part:
@@ -279,6 +279,10 @@ class Part:
             self.host.schedule(self, run)
 
     # --- the thread that is busy with a pass -------------------------------------------
+
+    def resume(self, run: Run) -> None:
+        """Take the events of a pass, as a task of its own."""
+        self.drain(run)
 
     def drain(self, run: Run) -> None:
         """Take the events of a pass until there are none; the caller has set `Run.busy`."""
