@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
+from time import monotonic
 
 from distgrad.autograd.terms import worker_of
 from distgrad.config import config
@@ -36,7 +36,7 @@ class Tombstones:
         times, order = self._times, self._order
         if identifier in times:
             return
-        now = times[identifier] = time.monotonic()
+        now = times[identifier] = monotonic()
         order.append(identifier)
         while len(order) > _MOST or times[order[0]] < now - config.tombstone_s:
             self._forget(order.popleft())

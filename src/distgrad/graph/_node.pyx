@@ -852,7 +852,8 @@ cdef object binary(Op op, object a, object b):
 
 cdef inline bint is_operand(object value):
     return (
-        isinstance(value, (float, int, np.ndarray, complex, np.generic, list, tuple))
+        isinstance(value, (float, int, complex, list, tuple))
+        or cnp.PyArray_Check(value) or cnp.PyArray_CheckScalar(value)
     )
 
 

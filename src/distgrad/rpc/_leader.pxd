@@ -23,7 +23,7 @@ cdef class Leadership:
         volatile int closed          # no more watching
         volatile int work            # tasks wait for a serving thread
         volatile int coming          # threads that were roused and do not run yet
-        volatile double freed_at     # when the role was left, or last a thread arrived (monotonic s)
+        volatile double freed_at     # when the role was left or a thread arrived (monotonic s)
         volatile double taken_at     # when a task was last taken, or came while there was none
         double calm_since            # when the watcher was last needed
         public double grace_s        # how long the role may lie free

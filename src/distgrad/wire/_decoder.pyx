@@ -9,8 +9,6 @@
 2. Nothing is imported and no class is looked up: registered names only.
 """
 
-import numpy as np
-
 cimport numpy as cnp
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
@@ -324,7 +322,7 @@ cdef object read_tensor(Reader *r):
     if flags > 1 or tensor_wrap is None:
         raise malformed("a tensor of an unknown form")
     array = read_value(r)
-    if type(array) is not np.ndarray:
+    if not cnp.PyArray_CheckExact(array):
         raise malformed("a tensor without an array")
     return tensor_wrap(array, flags == 1, slot, <object>r.session)
 

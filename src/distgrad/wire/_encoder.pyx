@@ -538,7 +538,7 @@ cdef int put_tensor(Writer *w, object tensor) except -1:
     put_tag(w, T_TENSOR)
     put_tag(w, 1 if requires_grad else 0)
     put_bytes(w, &slot, 4)
-    if type(array) is not np.ndarray:
+    if not cnp.PyArray_CheckExact(array):
         raise refusal_of_type(w, array)
     enter(w, &step, <PyObject *>tensor)
     put_value(w, <PyObject *>array)
