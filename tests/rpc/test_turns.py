@@ -13,6 +13,7 @@ import pytest
 from references import wait_until
 
 from distgrad import rpc
+from distgrad.config import config
 from distgrad.errors import RpcTimeoutError
 from distgrad.rpc.crew import Crew
 from distgrad.rpc.future import Future
@@ -132,32 +133,50 @@ def test_nobody_is_left_ready_while_another_polls():
             never.set_result(None)
 
 
-def test_crew_that_is_closed_leaves_nobody_ready():
-    # One poll makes all ready; the one that polled ends the crew before another has its turn.
+def make_all_ready(first, then):
+    """Have one poll make all threads ready; the one that polled goes on with ``first(crew)``."""
     poller = Poller()
 
     def take_in(events):
         while events:
             events.pop()[1]()
 
-    crew = Crew("closing", poller, take_in, lambda now: math.inf, 4)
+    crew = Crew("ready", poller, take_in, lambda now: math.inf, 4)
     crew.start()
     agent = SimpleNamespace(crew=crew)
     futures = [Future(agent=agent) for _ in range(THREADS)]
 
-    def lead():
-        futures[0].wait()
-        crew.close(0.0)
+    def wait(future, after, *args):
+        future.wait()
+        after(*args)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        waits = [pool.submit(lead)]
+        waits = [pool.submit(wait, futures[0], first, crew)]
         wait_until(lambda: crew.awaits(futures[0]), collect=False)
-        waits += [pool.submit(future.wait) for future in futures[1:]]
+        waits += [pool.submit(wait, future, then) for future in futures[1:]]
         wait_until(lambda: len(crew.followers) == THREADS - 1 and crew.watched, collect=False)
         poller.post("all", lambda: [future.set_result(None) for future in reversed(futures)])
-        for wait in waits:
-            wait.result(20)
+        for waiting in waits:
+            waiting.result(30)
     poller.close()
+
+
+def test_crew_that_is_closed_leaves_nobody_ready():
+    make_all_ready(lambda crew: crew.close(0.0), lambda: None)
+
+
+def test_thread_that_steps_aside_rouses_the_next(monkeypatch):
+    monkeypatch.setattr(config, "grace_us", 1e12)  # no watcher steps in
+    roused = threading.Event()
+
+    def step_aside(crew):
+        crew.step_aside()
+        try:
+            assert roused.wait(20)
+        finally:
+            crew.close(0.0)
+
+    make_all_ready(step_aside, roused.set)
 
 
 class Alarm(Exception):

@@ -93,7 +93,7 @@ class DistAutogradContext(int):
         trace: TracebackType | None,
     ) -> None:
         current.set(self._outer)
-        self._part.host.release(self._part.context_id)
+        self._part.host.leave(self._part.context_id)
 
     @contextmanager
     def use(self) -> Iterator[Self]:

@@ -32,6 +32,7 @@ cdef class Engine:
 
     @cython.locals(part=ContextPart)
     cpdef release(self, context_id, sender=*, error=*)
+    cpdef leave(self, context_id)
     cpdef _post(self, to, body, context_id)
     cpdef post(self, Part part, to, message)
     cpdef schedule(self, Part part, Run run)

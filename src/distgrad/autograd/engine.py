@@ -203,6 +203,11 @@ class Engine:
             if peer != sender and peer != self.worker_id:
                 self._post(peer, word, context_id)
 
+    def leave(self, context_id: int) -> None:
+        """Release a context as its block ends; after its last one a thread may wait no more."""
+        self.release(context_id)
+        self._agent.crew.step_aside()
+
     def _post(self, to: int, body: Any, context_id: int) -> None:
         """Tell a peer, if it is still there to be told."""
         try:

@@ -85,6 +85,7 @@ cdef class CrewCore(Desk):
     cdef bint take_turns(self) except -1
     cdef bint somebody_comes(self) except -1
     cdef int note_stretch(self) except -1
+    cpdef int step_aside(self) except -1
     cpdef int rouse_ready(self) except -1
     cdef int *rouse_later(self, Waiter waiter) noexcept
     cdef int hand_on(self) except -1

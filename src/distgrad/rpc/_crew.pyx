@@ -20,8 +20,9 @@ C7  Who has a reason to wake is roused after the poll that brought it, not durin
 C8  Where more threads sleep than there are processors, and each that wakes soon waits again,
     they take turns: a thread that begins to wait polls, unless another was roused and comes
     to do so; when it sleeps it rouses the next that is ready, and only then. Everything a thread
-    needs is so in the caches of one processor, and a wait costs one switch. If the thread that has
-    the turn does not wait soon, or no watcher could notice that, C3 and C7 hold as ever.
+    needs is so in the caches of one processor, and a wait costs one switch. A thread that may have
+    come to its end steps aside: it rouses the next without a wait. If the thread that has the
+    turn does not wait soon, or no watcher could notice that, C3 and C7 hold as ever.
 
 State changes under the GIL. Python runs signal handlers only where compiled code calls out,
 so an exception such as KeyboardInterrupt can come only from a wait or from a callback.
@@ -433,6 +434,12 @@ cdef class CrewCore(Desk):
                 ring_bell(self.rouse_later(self.ready.popleft()))
         return 0
 
+    cpdef int step_aside(self) except -1:
+        """Rouse the next that is ready: the calling thread may not wait again soon (C8)."""
+        if self.ready and not self.leadership.coming:
+            ring_bell(self.rouse_later(self.ready.popleft()))
+        return 0
+
     cdef int *rouse_later(self, Waiter waiter) noexcept:
         """Note that a thread is roused; return the bell to be rung for it."""
         waiter.sleep = ROUSED
@@ -465,10 +472,9 @@ cdef class CrewCore(Desk):
         return 0
 
     cdef int set_pace(self, bint turns) except -1:
-        """Say how soon the watcher is to step in; the more so if ready threads wait for it."""
-        cdef double grace_s = config.grace_us * 1e-6
-        self.leadership.grace_s = min(BRISK_S, grace_s) if turns else grace_s
-        self.leadership.longest_s = 0.0 if turns else LONGEST_LOOK * grace_s
+        """Say how often the watcher is to look: as often as it may if ready threads wait for it."""
+        self.leadership.grace_s = config.grace_us * 1e-6
+        self.leadership.longest_s = 0.0 if turns else LONGEST_LOOK * self.leadership.grace_s
         return 0
 
     cdef int hand_on(self) except -1:
