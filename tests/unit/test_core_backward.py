@@ -106,6 +106,17 @@ def test_backward_create_graph_gradient_is_recorded() -> None:
     x.grad = None  # it holds the graph that holds x: a cycle, which nodes hide from the collector
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (1000,)])
+def test_plain_backward_leaves_no_graph_behind_a_recorded_gradient(shape: tuple[int, ...]) -> None:
+    x = dg.tensor(np.full(shape, 3.0), requires_grad=True)
+    (x * x * x).sum().backward(create_graph=True)
+    (x * x).sum().backward()
+    assert not x.grad.requires_grad
+    np.testing.assert_array_equal(x.grad.numpy(), np.full(shape, 33.0))
+    (x * x).sum().backward(inputs=[x])
+    assert not x.grad.requires_grad
+
+
 def test_no_grad_records_nothing_and_nests() -> None:
     x = leaf(1.0)
     with dg.no_grad():

@@ -624,7 +624,7 @@ cdef class GraphTask:
                 if gradient is None:
                     return 0
                 return accumulate(<AccumulateGrad>node, <PyObject *>gradient, self.table)
-            if node.passes_on:
+            if node.passes_on and node.n_edges == 1:
                 return self.contribute(index, 0, self.take(visit.first_slot))
         if node.hooks is not None or type(node) is AccumulateGrad:
             self.set_mode()

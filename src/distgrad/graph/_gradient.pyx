@@ -273,9 +273,10 @@ cdef int store_gradient(TensorBase leaf, PyObject *gradient) except -1:
             leaf.gradient = wrap(<object>gradient)
         else:
             leaf.gradient = wrap(cnp.PyArray_NewCopy(<cnp.ndarray>gradient, cnp.NPY_KEEPORDER))
-    elif (isinstance(<object>gradient, TensorBase) or old.needs
-            or not cnp.PyArray_ISWRITEABLE(old.array)):
+    elif isinstance(<object>gradient, TensorBase):
         leaf.gradient = old + <object>gradient
+    elif old.needs or not cnp.PyArray_ISWRITEABLE(old.array):
+        leaf.gradient = wrap(numpy_add(old.array, <object>gradient))
     else:
         if not add_into(old.array, <object>gradient):
             numpy_add(old.array, <object>gradient, out=old.array)

@@ -95,7 +95,7 @@ cdef class Node:
     cdef unsigned long long sequence    # order of creation (invariant 1)
     cdef Hooks hooks
     cdef public bint boundary       # never applied, handed out by GraphTask.run
-    cdef public bint passes_on      # `apply` returns what it gets: no need to call it
+    cdef public bint passes_on      # `apply` returns what it gets, so it may be left out
     cdef public bint writes         # code of the user: it may write into the gradients it gets
     cdef Edge near_edges[NEAR_EDGES]
     cdef Meta near_slot
