@@ -32,7 +32,7 @@ class Config:
     #: How long a waiting thread polls before it blocks (µs). 0 switches spinning off.
     spin_us: float = 200.0
     #: How long an idle thread lets the poll role lie free before it takes over (µs); up to 17 times
-    #: as long after a time in which all tasks were short.
+    #: as long, or 5 ms, after a time in which all tasks were short or where processors are scarce.
     grace_us: float = 200.0
     #: Default deadline of a call. `RpcBackendOptions` reads it when they are made.
     rpc_timeout: float = 60.0

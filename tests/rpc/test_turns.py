@@ -133,7 +133,7 @@ def test_nobody_is_left_ready_while_another_polls():
             never.set_result(None)
 
 
-def make_all_ready(first, then):
+def make_all_ready(first, then, turn_grace_s=1e-3):
     """Have one poll make all threads ready; the one that polled goes on with ``first(crew)``."""
     poller = Poller()
 
@@ -142,6 +142,7 @@ def make_all_ready(first, then):
             events.pop()[1]()
 
     crew = Crew("ready", poller, take_in, lambda now: math.inf, 4)
+    crew.turn_grace_s = turn_grace_s
     crew.start()
     agent = SimpleNamespace(crew=crew)
     futures = [Future(agent=agent) for _ in range(THREADS)]
@@ -161,6 +162,19 @@ def make_all_ready(first, then):
     poller.close()
 
 
+def test_ready_threads_do_not_wait_for_a_long_grace_period(monkeypatch):
+    monkeypatch.setattr(config, "grace_us", 1e12)
+    roused = threading.Event()
+
+    def go_elsewhere(crew):
+        try:
+            assert roused.wait(20)
+        finally:
+            crew.close(0.0)
+
+    make_all_ready(go_elsewhere, roused.set)
+
+
 def test_crew_that_is_closed_leaves_nobody_ready():
     make_all_ready(lambda crew: crew.close(0.0), lambda: None)
 
@@ -176,7 +190,39 @@ def test_thread_that_steps_aside_rouses_the_next(monkeypatch):
         finally:
             crew.close(0.0)
 
-    make_all_ready(step_aside, roused.set)
+    make_all_ready(step_aside, roused.set, turn_grace_s=1e6)
+
+
+def chatter(rank):
+    """Two threads rouse each other without end, more wait for ever; this one calls."""
+    agent = rpc.current_worker().agent
+    balls = [Future(agent=agent), Future(agent=agent)]
+    over, never = threading.Event(), Future(agent=agent)
+
+    def play(side):
+        while not over.is_set():
+            balls[side].wait(20)
+            balls[side] = Future(agent=agent)
+            balls[1 - side].set_result(None)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in range(THREADS - 2):
+            pool.submit(never.wait, 50)
+        wait_until(lambda: len(agent.crew.followers) >= THREADS - 3, collect=False)
+        players = [pool.submit(play, side) for side in range(2)]
+        balls[0].set_result(None)
+        try:
+            return [rpc.rpc_sync(1, echo, (i,), timeout=20) for i in range(200)]
+        finally:
+            over.set()
+            never.set_result(None)
+            for player in players:
+                player.result(30)
+
+
+def test_threads_that_rouse_each_other_do_not_keep_all_from_polling():
+    with World(2, transport="unix") as world:
+        assert world.run(chatter, ranks=[0]) == [list(range(200))]
 
 
 class Alarm(Exception):

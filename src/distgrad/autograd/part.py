@@ -38,7 +38,7 @@ class Host(Protocol):
         """Send a message of a pass; raises if the receiver is lost."""
 
     def schedule(self, part: Part, run: Run) -> None:
-        """Have ``part.drain(run)`` called soon, on another thread or later."""
+        """Have ``run()`` called elsewhere or later, in a fresh `contextvars.Context`."""
 
     def build(self, part: Any, run: Run, sends: Collection[Any]) -> Graph:
         """Return the graph of a pass."""

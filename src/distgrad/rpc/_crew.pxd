@@ -13,7 +13,7 @@ cdef class CrewCore(Desk)
 cdef enum Sleep:
     AWAKE = 0
     ASLEEP = 1
-    READY = 2       # has a reason to wake; who polls or waits next will rouse it
+    READY = 2       # has a reason to wake; who polls, waits or steps aside next will rouse it
     ROUSED = 3      # its bell was rung
 
 
@@ -58,6 +58,7 @@ cdef class CrewCore(Desk):
     cdef readonly object backlog   # deque of tasks for serving threads
     cdef readonly dict followers   # the Waiters that sleep, oldest first -> None
     cdef object ready              # deque of those among them that are READY
+    cdef public double turn_grace_s        # most that ready threads wait for a turn nobody takes
     cdef double stretch_s          # how long a thread takes from being roused to its next wait
     cdef dict innermost            # chain -> the Waiter that may run its tasks
     cdef public bint watched       # a thread watches

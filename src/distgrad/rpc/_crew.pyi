@@ -22,6 +22,7 @@ class Job:
 class CrewCore(Desk):
     base_activity: Activity | None
     wake_at: float
+    turn_grace_s: float
     watched: bool
     summoned: bool
     def __init__(

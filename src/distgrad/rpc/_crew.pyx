@@ -19,10 +19,12 @@ C7  Who has a reason to wake is roused after the poll that brought it, not durin
     leader holds the GIL that the other would wait for.
 C8  Where more threads sleep than there are processors, and each that wakes soon waits again,
     they take turns: a thread that begins to wait polls, unless another was roused and comes
-    to do so; when it sleeps it rouses the next that is ready, and only then. Everything a thread
-    needs is so in the caches of one processor, and a wait costs one switch. A thread that may have
-    come to its end steps aside: it rouses the next without a wait. If the thread that has the
-    turn does not wait soon, or no watcher could notice that, C3 and C7 hold as ever.
+    to do so; when it sleeps it rouses the next that is ready, and otherwise only when it steps
+    aside, since it may not wait again. Everything a thread needs is so in the caches of one
+    processor, and a wait costs one switch. If the thread that has the turn does not wait soon,
+    or no watcher could notice that, C3 and C7 hold as ever.
+C9  Who leads polls at least once, however many are roused meanwhile: those may rouse each other
+    for ever, and none of them poll. So all that arrives is taken in, if late.
 
 State changes under the GIL. Python runs signal handlers only where compiled code calls out,
 so an exception such as KeyboardInterrupt can come only from a wait or from a callback.
@@ -122,6 +124,7 @@ cdef class CrewCore(Desk):
         self.on_events = on_events
         self.on_tick = on_tick
         self.wake_at = INFINITY
+        self.turn_grace_s = 200e-6
         self.leadership = Leadership(poller)
         self.backlog = deque()
         self.followers = {}
@@ -286,6 +289,7 @@ cdef class CrewCore(Desk):
         self, Waiter waiter, Future future, double deadline, object connection=None
     ) except -1:
         """Poll until a future is done, a task comes, the time is over, or all is sent."""
+        cdef bint polled = False
         waiter.leads = True
         self.leader_thread = PyThread_get_thread_ident()
         self.awaited = future
@@ -294,8 +298,14 @@ cdef class CrewCore(Desk):
                 self.call_hands()
             self.rouse_ready()
             # Looked at before every poll, so that nobody is left ready while it blocks.
-            while future._state == IS_PENDING and not waiter.tasks and not self.somebody_comes():
-                self.poll_once(deadline)
+            while future._state == IS_PENDING and not waiter.tasks:
+                if not self.somebody_comes():
+                    self.poll_once(deadline)
+                elif not polled:
+                    self.poll_once(0.0)
+                else:
+                    break
+                polled = True
                 if self.backlog:
                     self.call_hands()
                 self.rouse_ready()
@@ -473,8 +483,9 @@ cdef class CrewCore(Desk):
 
     cdef int set_pace(self, bint turns) except -1:
         """Say how often the watcher is to look: as often as it may if ready threads wait for it."""
-        self.leadership.grace_s = config.grace_us * 1e-6
-        self.leadership.longest_s = 0.0 if turns else LONGEST_LOOK * self.leadership.grace_s
+        cdef double grace_s = config.grace_us * 1e-6
+        self.leadership.grace_s = min(grace_s, self.turn_grace_s) if turns else grace_s
+        self.leadership.longest_s = 0.0 if turns else LONGEST_LOOK * grace_s
         return 0
 
     cdef int hand_on(self) except -1:
@@ -608,7 +619,7 @@ cdef class CrewCore(Desk):
             elif not self.watched:
                 self.watched = True
                 try:
-                    self.set_pace(False)
+                    self.set_pace(self.take_turns())
                     self.leadership.watch()
                 finally:
                     self.watched = False

@@ -14,6 +14,8 @@ cdef extern from *:
     void distgrad_fence() noexcept nogil
 
 cdef double SHARE = 1.0 / 16.0      # of the time without need that may pass before the next look
+cdef double SHORTEST_S = 50e-6      # between two looks, whatever the grace period,
+cdef double LONGEST_S = 0.1         # which may become shorter meanwhile
 cdef double ON_THE_WAY_S = 5e-3     # a thread may need for a processor and the GIL
 
 
@@ -28,7 +30,7 @@ cdef class Leadership:
 
     def __cinit__(self, Poller poller not None):
         self.poller = poller
-        self.freed_at = self.calm_since = now_s()
+        self.freed_at = self.left_at = self.calm_since = now_s()
 
     cpdef bint try_lead(self) noexcept:
         """Take the role if it is free. Never blocks."""
@@ -39,7 +41,7 @@ cdef class Leadership:
 
     cpdef void leave(self) noexcept:
         """Give the role up; rings the watcher if it sleeps without a limit."""
-        self.freed_at = now_s()
+        self.freed_at = self.left_at = now_s()
         self.held = 0
         distgrad_fence()
         if self.dormant:
@@ -93,9 +95,11 @@ cdef class Leadership:
                 due = self._due()
                 if due <= now:
                     break
-                rest_s = max(min(SHARE * (now - self.calm_since), self.longest_s), self.grace_s)
+                rest_s = min(SHARE * (now - self.calm_since), self.longest_s)
+                rest_s = max(rest_s, self.grace_s, SHORTEST_S)
                 rested = due == INFINITY or not (rested or rest_s <= self.grace_s)
-                self._pause(now + rest_s if rested else min(due, now + rest_s))
+                due = now + rest_s if rested else min(due, now + rest_s)
+                self._pause(min(due, now + LONGEST_S))
         # While this thread waited for the GIL another may have come: one that had it, but no
         # processor. It was not needed then.
         if not self.rung and (not self.held or self.work):
@@ -106,18 +110,22 @@ cdef class Leadership:
         """Return when the watcher has to step in, if nothing happens until then."""
         cdef double due = INFINITY
         if not self.held:
-            due = self.freed_at + (max(self.grace_s, ON_THE_WAY_S) if self.coming else self.grace_s)
+            due = self.left_at + max(self.grace_s, ON_THE_WAY_S)
+            if not self.coming:
+                due = min(due, self.freed_at + self.grace_s)
         if self.work:
             due = min(due, self.taken_at + self.grace_s)
         return due
 
     cdef void _sleep(self) noexcept nogil:
         # No time limit: the leader polls, and whoever ends that rings the bell.
+        cdef double began = now_s()
         self.dormant = 1
         distgrad_fence()
         if self.held and self.poller.sleeping and not self.work and not self.rung:
             self._pause(INFINITY)
         self.dormant = 0
+        self.calm_since += now_s() - began      # an idle worker says nothing about its tasks
 
     cdef void _pause(self, double until_s) noexcept nogil:
         """Sleep until the bell is rung, or a time; whoever rings has said why before."""
